@@ -232,24 +232,74 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> gym.Env:
     return SeededEpisodes(env, seed)
 
 
-def make_vector_env(
-    env_id: str, num_envs: int, *seed: int
-) -> gym.vector.AsyncVectorEnv:
-    """`num_envs` environments, each in a process, that reset themselves when finished."""
+class VectorEnv:
+    """Environments in a process of their own: they step while the networks learn.
 
-    def make(index):
-        if (
-            multiprocessing.parent_process()
-        ):  # the main process alone decides when to stop
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if sys.platform == "linux":  # and if it is killed, no worker outlives it
-                pr_set_pdeathsig = 1
-                ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        return make_env(env_id, derive_seed(*seed, index))
+    One process for all of them: they are quick beside an update, and to wake up several
+    processes at every step costs more than it saves. A finished episode is followed by
+    the next within the same step, whose `infos` hold `final_obs` and `final_info`.
+    """
 
-    env_fns = [lambda index=index: make(index) for index in range(num_envs)]
-    return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode="SameStep")
+    def __init__(self, env_id: str, num_envs: int, *seed: int):
+        seeds = [derive_seed(*seed, index) for index in range(num_envs)]
+        self.num_envs = num_envs
+        self.pipe, remote = multiprocessing.Pipe()
+        arguments = remote, env_id, seeds
+        self.process = multiprocessing.Process(
+            target=serve, args=arguments, daemon=True
+        )
+        self.process.start()
+        remote.close()
+        self.obs_dim, self.action_dim = self.wait()
+
+    def send(self, method: str, *args) -> None:
+        """Ask for `gymnasium.vector.SyncVectorEnv.method(*args)`; `wait` for the answer."""
+        self.pipe.send((method, args))
+
+    def wait(self):
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            raise RunError("the process of the environments died") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def call(self, method: str, *args):
+        self.send(method, *args)
+        return self.wait()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.send("close")
+        self.process.join(timeout=5)
+        self.process.kill()
+
+
+def serve(pipe, env_id: str, seeds: Sequence[int]) -> None:
+    """The process of a VectorEnv."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the main process decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # and if that is killed, this goes with it
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    try:
+        env_fns = [lambda seed=seed: make_env(env_id, seed) for seed in seeds]
+        envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode="SameStep")
+        spaces = envs.single_observation_space, envs.single_action_space
+        pipe.send([math.prod(space.shape) for space in spaces])
+        method = ""
+        while method != "close":
+            method, args = pipe.recv()
+            pipe.send(getattr(envs, method)(*args))
+    except UserError as error:
+        pipe.send(error)
+    except (EOFError, OSError):
+        pass  # nobody is listening any more
+    except Exception as error:  # noqa: BLE001, whatever the environment raises
+        pipe.send(RunError(f"{type(error).__name__}: {error}"))
 
 
 # -------------------------------------- networks --------------------------------------
@@ -303,7 +353,10 @@ class SoftQNetwork(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=-1)
-        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+        flat = x.flatten(
+            0, -2
+        )  # nn.Linear is a good deal faster on two axes than on three
+        return torch.stack([self.q1(flat), self.q2(flat)]).view(2, *x.shape[:-1])
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -796,15 +849,16 @@ def evaluate(actor, envs, episodes: int, first_episode=0, sample=False) -> dict:
     n, device = envs.num_envs, next(actor.parameters()).device
     todo = [len(range(index, episodes, n)) for index in range(n)]
     results = {"return": [], "success": [], "log_std": [], "saturated": []}
-    envs.set_attr("resume_from", [(first_episode, ())] * n)
-    obs, _ = envs.reset()
+    envs.call("set_attr", "resume_from", [(first_episode, ())] * n)
+    obs, _ = envs.call("reset")
     while any(todo):
         mean, log_std = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
         noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
         action = torch.tanh(mean + log_std.exp() * noise)
         results["log_std"].append(log_std.mean().item())
         results["saturated"].append((action.abs() > 0.99).float().mean().item())
-        obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        step = envs.call("step", action.cpu().numpy())
+        obs, _, terminated, truncated, infos = step
         for index in np.flatnonzero(terminated | truncated):
             if todo[index]:
                 todo[index] -= 1
@@ -830,13 +884,11 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
 
     with contextlib.ExitStack() as stack:
         # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
-        envs = make_vector_env(args.env_id, args.num_envs, args.seed, 0)
+        envs = VectorEnv(args.env_id, args.num_envs, args.seed, 0)
         stack.callback(envs.close)
-        num_eval_envs = min(args.num_envs, args.eval_episodes)
-        eval_envs = make_vector_env(args.env_id, num_eval_envs, args.seed, 1)
+        eval_envs = VectorEnv(args.env_id, args.num_envs, args.seed, 1)
         stack.callback(eval_envs.close)
-        (obs_dim,) = envs.single_observation_space.shape
-        (action_dim,) = envs.single_action_space.shape
+        obs_dim, action_dim = envs.obs_dim, envs.action_dim
 
         agent = Agent(args, obs_dim, action_dim, device)
         if checkpoint:
@@ -855,7 +907,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             step, episodes = checkpoint["step"], checkpoint["episodes"]
             recent.extend(checkpoint["recent"])
             actions = [list(a.numpy()) for a in checkpoint["episode_actions"]]
-            envs.set_attr("resume_from", list(zip(episodes, actions, strict=True)))
+            unfinished = list(zip(episodes, actions, strict=True))
+            envs.call("set_attr", "resume_from", unfinished)
             agent.load_state_dict(checkpoint["agent"])
             buffer.size = len(checkpoint["buffer"])
             buffer.rows[: buffer.size] = checkpoint["buffer"]
@@ -890,7 +943,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             return torch.as_tensor(array, dtype=torch.float32, device=device)
 
         info: dict[str, Tensor] = {}
-        obs = tensor(envs.reset()[0])
+        obs = tensor(envs.call("reset")[0])
         if not checkpoint:
             save_checkpoint()  # from now on the run can be resumed
         while step < args.total_timesteps and not stop_signals:
@@ -905,7 +958,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                     action, _ = squash(mean, log_std, torch.randn_like(mean))
                 source_dist = query_sources(sources.values(), obs, args)
             numpy_action = action.cpu().numpy()
-            envs.step_async(numpy_action)
+            envs.send("step", numpy_action)
 
             # ---- learn
             before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
@@ -917,12 +970,11 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
 
             # ---- store
             try:
-                next_obs, reward, terminated, truncated, infos = envs.step_wait()
-            except Exception as error:  # noqa: BLE001, it is the environment's own
+                next_obs, reward, terminated, truncated, infos = envs.wait()
+            except RunError as error:
                 save_checkpoint()
-                message = f"{type(error).__name__}: {error or 'its process died'}"
                 raise RunError(
-                    f"environment failed, step {step:,}: {message}"
+                    f"environment failed at step {step:,}: {error}"
                 ) from None
             final_obs = next_obs.copy()
             for index, done in enumerate(terminated | truncated):
@@ -989,9 +1041,8 @@ def score_policy(args: Args) -> None:
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    num_envs = min(args.num_envs, args.eval_episodes)
-    with contextlib.closing(make_vector_env(env_id, num_envs, args.seed, 2)) as envs:
-        theirs = envs.single_observation_space.shape + envs.single_action_space.shape
+    with contextlib.closing(VectorEnv(env_id, args.num_envs, args.seed, 2)) as envs:
+        theirs = envs.obs_dim, envs.action_dim
         if theirs != (actor.obs_dim, actor.action_dim):
             ours = f"{(actor.obs_dim, actor.action_dim)}, but {env_id} has {theirs}"
             raise UserError(f"{args.evaluate} has observation and action sizes {ours}")

@@ -1,0 +1,404 @@
+"""Soft Actor-Critic, Eq. 3: CUP without sources is nothing else, bit for bit."""
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import (
+    Independent,
+    Normal,
+    TanhTransform,
+    TransformedDistribution,
+)
+
+import cup
+
+OBS_DIM, ACTION_DIM, BATCH, UPDATES = 5, 3, 32, 20
+GAMMA, TAU, LEARNING_RATE = 0.99, 0.005, 3e-4
+
+
+def make_agent(**changes) -> cup.Agent:
+    torch.manual_seed(0)
+    args = cup.Args(sources=(), hidden_sizes=(32, 32), **changes)
+    return cup.Agent(args, OBS_DIM, ACTION_DIM)
+
+
+def make_batch(seed: int, num_sources: int = 0) -> tuple[Tensor, ...]:
+    """Random transitions, in the order of ReplayBuffer.sample; few terminate."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    obs, next_obs = normal(BATCH, OBS_DIM), normal(BATCH, OBS_DIM)
+    action, reward = torch.tanh(normal(BATCH, ACTION_DIM)), normal(BATCH)
+    terminated = (normal(BATCH) > 1).to(reward.dtype)
+    source_mean = normal(BATCH, num_sources, ACTION_DIM)
+    source_log_std = -1 + 0.1 * normal(BATCH, num_sources, ACTION_DIM)
+    return obs, next_obs, action, reward, terminated, source_mean, source_log_std
+
+
+def parameters(agent) -> list[Tensor]:
+    """All that is learned."""
+    modules = agent.actor, agent.critic, agent.target_critic
+    networks = chain.from_iterable(module.parameters() for module in modules)
+    return [p.detach().clone() for p in (*networks, agent.log_alpha)]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ---------------------------------- plain SAC, twice ----------------------------------
+
+
+class PlainSAC:
+    """SAC as everyone writes it, from the same networks, with no thought of sources."""
+
+    def __init__(self, agent: cup.Agent):
+        self.actor = copy.deepcopy(agent.actor)
+        self.critic = copy.deepcopy(agent.critic)
+        self.target_critic = copy.deepcopy(agent.target_critic)
+        self.log_alpha = nn.Parameter(agent.log_alpha.detach().clone())
+        lr = LEARNING_RATE
+        actor, critic = self.actor.parameters(), self.critic.parameters()
+        self.actor_optimizer = torch.optim.Adam(actor, lr=lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(critic, lr=lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=lr, fused=True)
+
+    def act(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.actor(obs)
+        return cup.squash(mean, log_std, torch.randn(mean.shape))
+
+    def q(
+        self, critic: nn.Module, obs: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = torch.cat([obs, action], dim=1)
+        return critic.q1(x).squeeze(1), critic.q2(x).squeeze(1)
+
+    def update(self, batch: tuple[Tensor, ...]) -> None:
+        obs, next_obs, action, reward, terminated, *_ = batch
+        alpha = self.log_alpha.detach().exp()
+
+        with torch.no_grad():
+            next_action, next_log_prob = self.act(next_obs)
+            q1, q2 = self.q(self.target_critic, next_obs, next_action)
+            next_value = torch.min(q1, q2) - alpha * next_log_prob
+            target = reward + GAMMA * (1 - terminated) * next_value
+        q1, q2 = self.q(self.critic, obs, action)
+        critic_loss = ((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean()
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
+
+        new_action, log_prob = self.act(obs)
+        q1, q2 = self.q(self.critic, obs, new_action)
+        actor_loss = (alpha * log_prob - torch.min(q1, q2)).mean()
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward()
+        self.actor_optimizer.step()
+
+        entropy_gap = log_prob.detach().mean() - ACTION_DIM
+        alpha_loss = -(self.log_alpha.exp() * entropy_gap)
+        self.alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
+
+        with torch.no_grad():
+            target_parameters = self.target_critic.parameters()
+            for old, new in zip(
+                target_parameters, self.critic.parameters(), strict=True
+            ):
+                old.copy_(torch.lerp(old, new, TAU))
+
+
+class TextbookSAC(PlainSAC):
+    """The same with everything from elsewhere: torch.distributions, Adam by hand.
+
+    It rounds differently, so it is compared in double precision.
+    """
+
+    def __init__(self, agent: cup.Agent):
+        super().__init__(agent)
+        self.actor_optimizer = AdamByHand(list(self.actor.parameters()))
+        self.critic_optimizer = AdamByHand(list(self.critic.parameters()))
+        self.alpha_optimizer = AdamByHand([self.log_alpha])
+
+    def act(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        actor = self.actor
+        mean, log_std = actor.net(obs)[:, :ACTION_DIM], actor.net(obs)[:, ACTION_DIM:]
+        mean = 3 * torch.tanh(mean / 3)
+        std = torch.exp(-5 + 3.5 * (torch.tanh(log_std) + 1))
+        base = Independent(Normal(mean, std), 1)
+        policy = TransformedDistribution(base, TanhTransform(cache_size=1))
+        action = policy.rsample()
+        return action, policy.log_prob(action)
+
+
+class AdamByHand:
+    """Adam (Kingma and Ba, 2015), Algorithm 1."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters, self.t = parameters, 0
+        self.m = [torch.zeros_like(p) for p in parameters]
+        self.v = [torch.zeros_like(p) for p in parameters]
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
+            m.copy_(0.9 * m + 0.1 * p.grad)
+            v.copy_(0.999 * v + 0.001 * p.grad**2)
+            m_hat, v_hat = m / (1 - 0.9**self.t), v / (1 - 0.999**self.t)
+            p -= LEARNING_RATE * m_hat / (v_hat.sqrt() + 1e-8)
+
+
+# ----------------------------- CUP without sources is SAC -----------------------------
+
+
+@pytest.mark.parametrize("num_sources", [0, 2])
+def test_without_guidance_it_is_sac_bit_for_bit(num_sources: int):
+    """No sources, or sources that may not guide: not one parameter differs, ever."""
+    agent = make_agent(num_guidance_samples=3)
+    sac = PlainSAC(agent)
+    before = parameters(agent)
+    torch.manual_seed(1)
+    for seed in range(UPDATES):
+        agent.update(make_batch(seed, num_sources), guide=num_sources == 0)
+    next_draw = torch.rand(1)
+    torch.manual_seed(1)
+    for seed in range(UPDATES):
+        sac.update(make_batch(seed))
+    assert equal(parameters(agent), parameters(sac))
+    assert torch.equal(next_draw, torch.rand(1))  # and no extra random draws
+    moved = zip(before, parameters(agent), strict=True)
+    assert not any(torch.equal(a, b) for a, b in moved)
+
+
+def test_guidance_makes_a_difference():
+    """The test above can fail."""
+    agent, sac = make_agent(beta2=1.0), make_agent()
+    torch.manual_seed(1)
+    agent.update(make_batch(0, num_sources=2))
+    torch.manual_seed(1)
+    sac.update(make_batch(0))
+    assert not equal(list(agent.actor.parameters()), list(sac.actor.parameters()))
+    # in the first update at least, guidance concerns the actor and nothing else
+    assert equal(list(agent.critic.parameters()), list(sac.critic.parameters()))
+    assert torch.equal(agent.log_alpha, sac.log_alpha)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_it_is_textbook_sac():
+    """Against torch.distributions and Adam by hand: only rounding differs."""
+    agent = make_agent()
+    sac = TextbookSAC(agent)
+    for seed in range(UPDATES):
+        for learner in (agent, sac):
+            torch.manual_seed(seed)
+            learner.update(make_batch(seed))
+    torch.testing.assert_close(parameters(agent), parameters(sac), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_with_beta1_zero_the_actor_gradient_is_that_of_sac(soft: bool):
+    """Sources are judged, but nobody listens; with beta1 = 1 the gradient differs."""
+    gradients = []
+    for beta1, num_sources in [(0.0, 2), (0.0, 0), (1.0, 2)]:
+        agent = make_agent(beta1=beta1, beta2=1.0, soft_advantage=soft)
+        torch.manual_seed(1)
+        agent.update(make_batch(0, num_sources))
+        gradients.append([p.grad for p in agent.actor.parameters()])
+    without_weight, sac, with_weight = gradients
+    assert equal(without_weight, sac)
+    assert not equal(with_weight, sac)
+
+
+# ---------------------------- shapes: no silent broadcast -----------------------------
+
+
+def test_networks_keep_batch_shapes():
+    """One squeeze, in the critic: Q is (2, ...) and never (..., 1)."""
+    agent = make_agent()
+    for shape in [(BATCH,), (4, BATCH), (4, BATCH, 2)]:
+        obs, action = torch.randn(*shape, OBS_DIM), torch.randn(*shape, ACTION_DIM)
+        mean, log_std = agent.actor(obs)
+        assert mean.shape == log_std.shape == (*shape, ACTION_DIM)
+        assert agent.critic(obs, action).shape == (2, *shape)
+
+
+def test_critic_agrees_with_its_two_halves():
+    agent = make_agent()
+    obs, action = torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
+    q = agent.critic(obs, action)
+    for i, network in enumerate((agent.critic.q1, agent.critic.q2)):
+        for b in range(BATCH):
+            alone = network(torch.cat([obs[b], action[b]])).item()
+            assert q[i, b].item() == pytest.approx(alone, abs=1e-5)
+    assert (q[0] - q[1]).abs().min() > 1e-6  # they are not one and the same
+
+
+def test_losses_against_a_loop_over_the_batch():
+    """A (B, 1) - (B,) broadcast would mix states: here every state is on its own."""
+    agent = make_agent(q_lr=0.0)
+    obs, next_obs, action, reward, terminated, *_ = batch = make_batch(0)
+    alpha = agent.log_alpha.exp().item()
+    torch.manual_seed(1)
+    next_noise, noise = torch.randn(2, BATCH, ACTION_DIM)
+
+    def act(state: Tensor, noise: Tensor) -> tuple[Tensor, float]:
+        mean, log_std = (x.tolist() for x in agent.actor(state))
+        actions, log_prob = [], 0.0
+        for m, l, eps in zip(mean, log_std, noise.tolist(), strict=True):
+            actions.append(math.tanh(m + math.exp(l) * eps))
+            log_prob -= eps**2 / 2 + l + math.log(2 * math.pi) / 2
+            log_prob -= math.log(1 - actions[-1] ** 2)
+        return torch.tensor(actions), log_prob
+
+    def q(critic: nn.Module, state: Tensor, action: Tensor) -> tuple[float, float]:
+        x = torch.cat([state, action])
+        return critic.q1(x).item(), critic.q2(x).item()
+
+    critic_loss = actor_loss = 0.0
+    for b in range(BATCH):
+        next_action, log_prob = act(next_obs[b], next_noise[b])
+        target = reward[b].item()
+        if not terminated[b]:
+            next_q = min(q(agent.target_critic, next_obs[b], next_action))
+            target += GAMMA * (next_q - alpha * log_prob)
+        for value in q(agent.critic, obs[b], action[b]):
+            critic_loss += (value - target) ** 2 / BATCH
+        new_action, log_prob = act(obs[b], noise[b])
+        new_q = min(q(agent.critic, obs[b], new_action))
+        actor_loss += (alpha * log_prob - new_q) / BATCH
+
+    torch.manual_seed(1)
+    info = agent.update(batch)
+    assert info["loss/critic"].item() == pytest.approx(critic_loss, rel=1e-5)
+    assert info["loss/actor"].item() == pytest.approx(actor_loss, rel=1e-5, abs=1e-5)
+    assert info["alpha"].item() == pytest.approx(alpha)
+    assert all(value.shape == () for value in info.values())
+
+
+# ---------------------------- bootstrapping, alpha, Polyak ----------------------------
+
+
+def test_termination_stops_bootstrapping_and_a_time_limit_does_not():
+    """Terminated: the target is the reward, whatever comes next. Else not."""
+    obs, next_obs, action, reward, _, *sources = make_batch(0)
+    losses = {}
+    for terminated in (0.0, 1.0):
+        for scale in (1.0, 10.0):
+            agent, end = make_agent(), torch.full((BATCH,), terminated)
+            torch.manual_seed(1)
+            batch = obs, scale * next_obs, action, reward, end, *sources
+            losses[terminated, scale] = agent.update(batch)["loss/critic"].item()
+    q = make_agent().critic(obs, action)
+    only_reward = (q - reward).square().sum().item() / BATCH
+    assert losses[1.0, 1.0] == losses[1.0, 10.0] == pytest.approx(only_reward)
+    assert abs(losses[0.0, 1.0] - losses[0.0, 10.0]) > 0.01
+    assert abs(losses[0.0, 1.0] - only_reward) > 0.01
+
+
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("log_std_bias", [-1.0, 0.0])
+def test_alpha_moves_the_entropy_towards_minus_the_action_dimension(
+    log_std_bias: float,
+):
+    """Too little entropy raises alpha, too much lowers it; the gradient is Eq. 3's."""
+    agent = make_agent()
+    assert agent.target_entropy == -ACTION_DIM
+    with torch.no_grad():
+        agent.actor.net[-1].bias[ACTION_DIM:] = log_std_bias
+    batch, alpha = make_batch(0), agent.log_alpha.exp().item()
+    mean, log_std = agent.actor(batch[0])
+    torch.manual_seed(1)
+    torch.randn(BATCH, ACTION_DIM)  # the TD target's
+    pre_tanh = mean + log_std.exp() * torch.randn(BATCH, ACTION_DIM)
+    log_prob = Normal(mean, log_std.exp()).log_prob(pre_tanh)
+    log_prob = log_prob - torch.log(1 - torch.tanh(pre_tanh) ** 2)
+    entropy = -log_prob.sum(dim=1).mean().item()
+    torch.manual_seed(1)
+    agent.update(batch)
+    assert agent.log_alpha.grad.item() == pytest.approx(alpha * (entropy + ACTION_DIM))
+    assert (agent.log_alpha.exp().item() > alpha) == (entropy < -ACTION_DIM)
+    assert (entropy < -ACTION_DIM) == (log_std_bias < 0)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.005, 0.5, 1.0])
+def test_polyak_step(tau: float):
+    """target <- tau critic + (1 - tau) target, with the critic after its own step."""
+    agent = make_agent(tau=tau, q_lr=0.01)
+    for seed in range(2):
+        before = [p.clone() for p in agent.target_critic.parameters()]
+        agent.update(make_batch(seed))
+        after, online = agent.target_critic.parameters(), agent.critic.parameters()
+        for old, new, critic in zip(before, after, online, strict=True):
+            expected = tau * critic + (1 - tau) * old
+            torch.testing.assert_close(new, expected.detach())
+
+
+def test_actor_bounds_are_soft():
+    """Mean in (-3, 3), log-std in (-5, 2), and neither ever stops the gradient."""
+    actor = make_agent().actor
+    obs = torch.randn(64, OBS_DIM)
+    with torch.no_grad():
+        actor.net[-1].weight *= 20
+    mean, log_std = actor(obs)
+    assert 2.5 < mean.abs().max() <= 3
+    assert -5 <= log_std.min() < -4
+    assert 1.5 < log_std.max() <= 2
+    (mean.sum() + log_std.sum()).backward()
+    assert (actor.net[-1].bias.grad != 0).all()
+
+
+def test_update_moves_every_network_and_only_by_its_own_optimiser():
+    """A zero learning rate freezes what it belongs to, and nothing else."""
+    names = {"policy_lr": "actor", "q_lr": "critic", "alpha_lr": "log_alpha"}
+    for frozen in names:
+        agent = make_agent(**{frozen: 0.0})
+        before = copy.deepcopy(agent.state_dict())
+        agent.update(make_batch(0))
+        after = agent.state_dict()
+        for learning_rate, name in names.items():
+            old, new = before[name], after[name]
+            if name == "log_alpha":
+                old, new = {"": old}, {"": new}
+            same = all(torch.equal(old[key], new[key]) for key in old)
+            assert same == (learning_rate == frozen)
+
+
+def test_state_dict_carries_everything_that_updates_change():
+    """An agent loaded from it goes on exactly as the first one does."""
+    first, second = make_agent(), cup.Agent(make_agent().args, OBS_DIM, ACTION_DIM)
+    for seed in range(3):
+        first.update(make_batch(seed))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for agent in (first, second):
+        torch.manual_seed(1)
+        for seed in range(3, 6):
+            agent.update(make_batch(seed))
+    assert equal(parameters(first), parameters(second))
+
+
+def test_mlp_is_linear_layers_with_relu_between():
+    layers = list(cup.mlp(4, 8, 16, 2))
+    linear, relu = layers[::2], layers[1::2]
+    for layer, (fan_in, fan_out) in zip(linear, pairwise([4, 8, 16, 2]), strict=True):
+        assert (layer.in_features, layer.out_features) == (fan_in, fan_out)
+    assert [type(layer) for layer in relu] == [nn.ReLU, nn.ReLU]

@@ -1,0 +1,279 @@
+"""Theorems 1 and 2 of the paper, on random Markov decision processes, as cup.py acts.
+
+States and actions are few, so everything is exact: soft values are the solution of a
+linear system, and a policy is an urn. Per state it holds URN actions; one is drawn. To
+take each action of the urn once, as a "sample" for `cup.expected_advantage`, is then
+not an estimate but the expectation itself.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import cup
+
+STATES, ACTIONS, SOURCES, URN = 5, 4, 3, 12
+SEEDS = range(100)
+ROUNDING = 1e-9
+
+
+@dataclass
+class MDP:
+    reward: np.ndarray  # (states, actions)
+    transition: np.ndarray  # (states, actions, next states)
+    gamma: float
+    alpha: float  # entropy weight; 0 makes all values "hard" (Appendix B.3)
+
+    def values(self, policy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """V (states,) and Q (states, actions) of a policy, likewise; Eqs. 1 and 2."""
+        reward = (policy * self.reward).sum(axis=1) + self.alpha * entropy(policy)
+        transition = np.einsum("sa,sat->st", policy, self.transition)
+        v = np.linalg.solve(np.eye(len(reward)) - self.gamma * transition, reward)
+        return v, self.reward + self.gamma * self.transition @ v
+
+
+def random_mdp(rng: np.random.Generator, alpha: float) -> MDP:
+    reward = rng.uniform(-1, 1, (STATES, ACTIONS))
+    transition = rng.dirichlet(np.full(STATES, 0.3), (STATES, ACTIONS))
+    return MDP(reward, transition, rng.choice([0.5, 0.8, 0.95]), alpha)
+
+
+def entropy(policy: np.ndarray) -> np.ndarray:
+    """H(pi(.|s)), (states,)."""
+    return -(policy * np.log(policy, out=np.zeros_like(policy), where=policy > 0)).sum(
+        1
+    )
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p(.|s) || q(.|s)), (states,), in nats."""
+    ratio = np.divide(p, q, out=np.ones_like(p), where=p > 0)
+    return (p * np.log(ratio)).sum(axis=1)
+
+
+def random_urns(rng: np.random.Generator) -> np.ndarray:
+    """Candidate policies, the target policy last: actions (URN, states, SOURCES + 1).
+
+    Every action is in every urn, so that no log-probability is infinite.
+    """
+    shape = URN - ACTIONS, STATES, SOURCES + 1
+    favourite = rng.integers(ACTIONS, size=shape[1:])
+    rest = np.where(
+        rng.random(shape) < 0.7, favourite, rng.integers(ACTIONS, size=shape)
+    )
+    each = np.broadcast_to(np.arange(ACTIONS)[:, None, None], (ACTIONS, *shape[1:]))
+    return np.concatenate([each, rest])
+
+
+def probabilities(urns: np.ndarray) -> np.ndarray:
+    """pi(a|s) of every candidate, (states, candidates, actions)."""
+    return (urns[..., None] == np.arange(ACTIONS)).mean(axis=0)
+
+
+def advantage_in_cup(urns: np.ndarray, q: np.ndarray, alpha: float) -> torch.Tensor:
+    """Eq. 4 for every state and candidate, by cup.py."""
+    state = np.arange(STATES)[:, None]
+    candidate = np.arange(SOURCES + 1)
+    log_prob = np.log(probabilities(urns))[state, candidate, urns]
+    samples = torch.tensor(q[state, urns]), torch.tensor(log_prob)
+    return cup.expected_advantage(*samples, alpha)[0]
+
+
+def wrong_by(
+    epsilon: float,
+    kind: str,
+    rng: np.random.Generator,
+    candidates: np.ndarray,
+    advantage: torch.Tensor,
+) -> np.ndarray:
+    """An error of Q, (states, actions), nowhere larger than epsilon (Eq. 6).
+
+    The malicious one lends to the worst candidate what it takes from the target policy.
+    """
+    if kind == "random":
+        return rng.uniform(-epsilon, epsilon, (STATES, ACTIONS))
+    worst = candidates[np.arange(STATES), advantage.argmin(dim=1)]
+    return epsilon * np.sign(worst - candidates[:, -1])
+
+
+@dataclass
+class Guidance:
+    """An MDP, and the policy that cup.py puts together with an epsilon-wrong Q."""
+
+    mdp: MDP
+    candidates: np.ndarray  # (states, SOURCES + 1, actions)
+    policy: np.ndarray  # the guidance policy, (states, actions)
+    worst: np.ndarray  # its caricature: the worst candidate everywhere
+    v_target: np.ndarray
+    chosen: np.ndarray
+
+
+def guidance(seed: int, alpha: float, epsilon: float, kind: str = "random") -> Guidance:
+    rng = np.random.default_rng(seed)
+    mdp, urns = random_mdp(rng, alpha), random_urns(rng)
+    candidates = probabilities(urns)
+    v_target, q = mdp.values(candidates[:, -1])
+    truth = advantage_in_cup(urns, q, alpha)
+    q_wrong = q + wrong_by(epsilon, kind, rng, candidates, truth)
+    advantage = advantage_in_cup(urns, q_wrong, alpha)
+    chosen = cup.guidance_policy(advantage).numpy()  # Eq. 7
+    worst = candidates[np.arange(STATES), advantage.argmin(dim=1)]
+    policy = candidates[np.arange(STATES), chosen]
+    return Guidance(mdp, candidates, policy, worst, v_target, chosen)
+
+
+# ------------------------------------- Theorem 1 --------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["random", "malicious"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_theorem_1(alpha: float, epsilon: float, kind: str):
+    """V of the guidance policy >= V of the target - 2 epsilon / (1 - gamma) (Eq. 8)."""
+    improved, chosen = 0, set()
+    for seed in SEEDS:
+        g = guidance(seed, alpha, epsilon, kind)
+        v_guidance, _ = g.mdp.values(g.policy)
+        bound = g.v_target - 2 * epsilon / (1 - g.mdp.gamma)
+        assert (v_guidance >= bound - ROUNDING).all()
+        improved += (v_guidance > g.v_target).all()
+        chosen |= set(g.chosen)
+    assert chosen == set(range(SOURCES + 1))
+    assert improved >= 50  # it does more than not to harm
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_theorem_1_fails_for_the_worst_candidate(alpha: float):
+    """Its bound is not vacuous: the argmin in place of the argmax breaks it."""
+    violated = 0
+    for seed in SEEDS:
+        g = guidance(seed, alpha, epsilon=0.05)
+        v_worst, _ = g.mdp.values(g.worst)
+        violated += (v_worst < g.v_target - 2 * 0.05 / (1 - g.mdp.gamma)).any()
+    assert violated >= 50
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+def test_theorem_1_is_tight(gamma: float):
+    """One state, two actions, and a Q so wrong that almost all of the bound is lost."""
+    epsilon, reward = 0.1, 0.1999  # just less than 2 epsilon, for action 0
+    mdp = MDP(np.array([[reward, 0.0]]), np.ones((1, 2, 1)), gamma, alpha=0.0)
+    source, target = np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]])
+    v_target, q = mdp.values(target)
+    q_wrong = torch.tensor(q) + torch.tensor([[-epsilon, epsilon]])
+    samples = q_wrong[:, [1, 0]].unsqueeze(0)  # what the source takes, then the target
+    advantage, _ = cup.expected_advantage(samples, torch.zeros_like(samples), 0.0)
+    assert cup.guidance_policy(advantage).item() == 0  # it is deceived
+    loss = (v_target - mdp.values(source)[0]).item()
+    assert 0.999 * 2 * epsilon / (1 - gamma) < loss <= 2 * epsilon / (1 - gamma)
+
+
+def test_ties_go_to_the_target_policy():
+    """Candidates that are all alike: the target policy remains its own guidance."""
+    rng = np.random.default_rng(0)
+    urns = np.repeat(random_urns(rng)[:, :, -1:], SOURCES + 1, axis=2)
+    _, q = random_mdp(rng, 0.1).values(probabilities(urns)[:, -1])
+    advantage = advantage_in_cup(urns, q, alpha=0.1)
+    assert (cup.guidance_policy(advantage) == SOURCES).all()
+
+
+# ------------------------------------- Theorem 2 --------------------------------------
+
+
+def near(policy: np.ndarray, delta: float, rng: np.random.Generator) -> np.ndarray:
+    """A policy in a random direction from `policy`, delta nats away, or all the way."""
+    direction = rng.normal(size=policy.shape)
+
+    def tilt(step: np.ndarray) -> np.ndarray:
+        weight = policy * np.exp(step * direction)
+        return weight / weight.sum(axis=1, keepdims=True)
+
+    low, high = np.zeros((len(policy), 1)), np.full((len(policy), 1), 50.0)
+    for _ in range(50):  # bisection
+        step = (low + high) / 2
+        too_far = kl(tilt(step), policy)[:, None] > delta
+        low, high = np.where(too_far, low, step), np.where(too_far, step, high)
+    return tilt(low)
+
+
+def theorem_2_bound(
+    mdp: MDP,
+    v_target: np.ndarray,
+    new: np.ndarray,
+    entropy_reference: np.ndarray,
+    delta: float,
+    epsilon: float,
+) -> np.ndarray:
+    """Right-hand side of Eq. 10, (states,).
+
+    The paper's sqrt(2 ln 2 delta) has delta in bits; cup.py's KL is in nats.
+    """
+    delta_bits = delta / math.log(2)
+    r_max, h_max = np.abs(mdp.reward).max(), entropy(new).max()
+    h_difference = np.abs(entropy_reference - entropy(new)).max()
+    far = math.sqrt(2 * math.log(2) * delta_bits) * (r_max + mdp.alpha * h_max)
+    slack = 2 * epsilon + mdp.alpha * h_difference
+    return v_target - far / (1 - mdp.gamma) ** 2 - slack / (1 - mdp.gamma)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-4, 1e-2, 0.5])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_theorem_2(alpha: float, epsilon: float, delta: float):
+    """KL(new policy || guidance policy) <= delta keeps the new policy above Eq. 10.
+
+    The entropy difference is that between the new and the guidance policy: see the test
+    after the next.
+    """
+    for seed in SEEDS:
+        g = guidance(seed, alpha, epsilon, "malicious")
+        new = near(g.policy, delta, np.random.default_rng(seed))
+        distance = kl(new, g.policy)
+        assert (distance <= delta + ROUNDING).all()  # Eq. 9
+        assert (distance >= 0.99 * delta - ROUNDING).any()
+        v_new, _ = g.mdp.values(new)
+        bound = theorem_2_bound(
+            g.mdp, g.v_target, new, entropy(g.policy), delta, epsilon
+        )
+        assert (v_new >= bound - ROUNDING).all()
+
+
+def test_theorem_2_fails_near_the_worst_candidate():
+    """Its bound is not vacuous: to imitate the wrong candidate breaks it."""
+    violated = 0
+    for seed in SEEDS:
+        g = guidance(seed, alpha=0.1, epsilon=0.0)
+        new = near(g.worst, 1e-4, np.random.default_rng(seed))
+        v_new, _ = g.mdp.values(new)
+        bound = theorem_2_bound(g.mdp, g.v_target, new, entropy(g.worst), 1e-4, 0.0)
+        violated += (v_new < bound).any()
+    assert violated >= 50
+
+
+def test_theorem_2_needs_the_entropy_of_the_guidance_policy():
+    """In print, Eq. 10 has |H(old target) - H(new target)|; with that it can fail.
+
+    One state, no future, two actions with rewards 1 and -1, alpha = 1.5. The old target
+    policy always takes the first, the only source tosses a coin: for the entropy's sake
+    it is the guidance policy. A new target that always takes the second is ln 2 away
+    from it, and neither target has any entropy; yet it loses more than Eq. 10 allows.
+    With |H(guidance) - H(new target)| the bound follows from Theorem 1 and Pinsker's
+    inequality, and holds.
+    """
+    mdp = MDP(np.array([[1.0, -1.0]]), np.ones((1, 2, 1)), gamma=0.0, alpha=1.5)
+    coin, old, new = (np.array([p]) for p in ([0.5, 0.5], [1.0, 0.0], [0.0, 1.0]))
+    v_old, q = mdp.values(old)
+    # the source takes each action once; the target policy the first one, twice
+    samples = torch.tensor(q[0])[torch.tensor([[[0, 0]], [[1, 0]]])]
+    log_prob = torch.tensor([math.log(0.5), 0.0]).expand(2, 1, 2)
+    advantage, _ = cup.expected_advantage(samples, log_prob, mdp.alpha)
+    assert cup.guidance_policy(advantage).item() == 0
+
+    v_new, _ = mdp.values(new)
+    delta = math.log(2)  # KL(new || coin), in nats
+    as_printed = theorem_2_bound(mdp, v_old, new, entropy(old), delta, 0.0)
+    as_proven = theorem_2_bound(mdp, v_old, new, entropy(coin), delta, 0.0)
+    assert as_proven.item() <= v_new.item() < as_printed.item()
