@@ -39,7 +39,7 @@ class Args:
     """environment steps after which a task is given up"""
     target_success: float = 0.95
     """success rate, with the mean action, that ends a task's training"""
-    patience: int = 3
+    patience: int = 2
     """evaluations in a row, of 20 episodes each, that must reach the target"""
     test_episodes: int = 50
     """fresh goals on which a policy must then reach the target to be finished"""

@@ -19,9 +19,9 @@ SMALL += " --eval-episodes 2 --threads 1 --no-cuda"
 SMALL = SMALL.split()
 
 # 1,000 steps of Pendulum with guidance, about one second after the imports.
-PENDULUM = "--env-id Pendulum-v1 --sources --num-random-sources 2".split()
-PENDULUM += "--total-timesteps 1000 --eval-interval 500".split()
-PENDULUM += ["--checkpoint-interval", "40", *SMALL]
+PENDULUM = "--env-id Pendulum-v1 --sources --num-random-sources 2"
+PENDULUM += " --total-timesteps 1000 --eval-interval 500 --checkpoint-interval 40"
+PENDULUM = [*PENDULUM.split(), *SMALL]
 
 
 def start_cup(*arguments, **options) -> subprocess.Popen:
@@ -47,10 +47,10 @@ def run_cup(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def wait_for(condition, seconds: float = 60.0) -> bool:
-    """Whether `condition()` became true in time; looked at without a pause."""
+    """Whether `condition()` became true in time."""
     end = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < end:
-        time.sleep(0)
+        time.sleep(0.005)
     return bool(found)
 
 

@@ -1,6 +1,5 @@
 """The real command line, past the first gradient steps, and everything it writes."""
 
-import csv
 import json
 import math
 import os
@@ -114,7 +113,7 @@ def test_outputs_of_a_run(pendulum):
     evaluated = [int(row["step"]) for row in rows if row["eval/return"]]
     assert evaluated == [500, 1000]
     # two environments: their first episodes, of 200 steps each, end at step 400
-    first = [int(row["step"]) for row in rows if row["train/return"]][0]
+    first = next(int(row["step"]) for row in rows if row["train/return"])
     assert first == 400
     assert not any(row["train/success_rate"] for row in rows)
 

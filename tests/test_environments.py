@@ -87,7 +87,11 @@ def test_v2_and_v3_are_names_of_the_same_task():
 def test_an_episode_is_500_steps_then_truncated_and_summed_up(monkeypatch):
     env = cup.make_env("reach-v2", seed=1)
     heard, metaworld_step = [], env.env.step
-    spy = lambda action: heard.append(metaworld_step(action)) or heard[-1]  # noqa: E731
+
+    def spy(action):
+        heard.append(metaworld_step(action))
+        return heard[-1]
+
     monkeypatch.setattr(env.env, "step", spy)
     obs, _ = env.reset()
     for step in range(1, 501):
@@ -156,10 +160,9 @@ def test_success_is_nan_where_the_task_has_none():
 def transitions(tmp_path, env_id, obs_dim, action_dim=1):
     """What a real run of 2 x 300 random steps left in its replay buffer, by column."""
     run_dir = tmp_path / "run"
-    length = "--total-timesteps 602 --learning-starts 600 --eval-interval 10000".split()
-    result = run_cup(
-        "--env-id", env_id, "--sources", *SMALL, *length, "--run-dir", run_dir
-    )
+    arguments = ["--env-id", env_id, "--sources", *SMALL, "--run-dir", run_dir]
+    length = ["--total-timesteps", "602", "--learning-starts", "600"]
+    result = run_cup(*arguments, *length)
     assert result.returncode == 0, result.stderr
     buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
     assert len(buffer) == 602
