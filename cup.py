@@ -367,7 +367,7 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # log(1 - tanh(x)^2), written so that it does not overflow
-    log_prob -= 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
     return torch.tanh(pre_tanh), log_prob.sum(dim=-1)
 
 
@@ -1111,8 +1111,8 @@ def check(args: Args) -> Args:
         "--hidden-sizes must be positive": min(args.hidden_sizes, default=0) < 1,
         "--batch-size must not exceed --buffer-size": args.batch_size
         > args.buffer_size,
-        "--num-envs must not exceed --learning-starts: the first update needs data": (
-            args.num_envs > args.learning_starts
+        "--num-envs must not exceed --learning-starts or --buffer-size": (
+            args.num_envs > min(args.learning_starts, args.buffer_size)
         ),
         "--learning-starts must be before the end, --total-timesteps": (
             args.learning_starts >= args.total_timesteps and not args.evaluate

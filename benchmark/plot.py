@@ -128,23 +128,21 @@ def sheet(title: str, ylabel: str):
     figure, panels = plt.subplots(2, 3, figsize=(10.5, 6), layout="constrained")
     figure.suptitle(title, fontsize=12)
     for task, axes in zip(TASKS, panels.flat, strict=True):
-        axes.set_title(task.removesuffix("-v2"), fontsize=11)
+        axes.set_title(task.removesuffix("-v2"), loc="left", fontsize=11)
     for axes in panels[:, 0]:
         axes.set_ylabel(ylabel)
+    for axes in panels[1]:
+        axes.set_xlabel("environment steps")
     return figure, dict(zip(TASKS, panels.flat, strict=True))
 
 
 def finish(figure, handles: dict, path: Path) -> None:
     """One legend for all panels; write the file."""
+    style = {"loc": "outside lower center", "ncols": 5, "frameon": False}
     if handles:
         figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=5,
-            frameon=False,
+            handles.values(), handles.keys(), fontsize=9, columnspacing=1.2, **style
         )
-    figure.supxlabel("environment steps", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     print(path)
@@ -188,14 +186,7 @@ def figure2(curves: dict[str, Curves], what: str, path: Path) -> None:
             counts.append(f"{name} {len(complete)}")
         steps_axis(axes, last)
         axes.set_ylim((-3, 103) if what == "success" else (0, None))
-        axes.text(
-            0.02,
-            0.97,
-            "seeds: " + ", ".join(counts),
-            va="top",
-            transform=axes.transAxes,
-            **NOTE,
-        )
+        axes.set_title(f"seeds: {', '.join(counts)}", loc="right", **NOTE)
     finish(figure, handles, path)
 
 
@@ -289,26 +280,27 @@ def figure3(rows: list[dict[str, str]], env_id: str, axes, handles: dict) -> Non
                 values.append(np.interp(grid, steps[known], percent[known], np.nan))
         is_success = name == "success rate"
         colour = GREEN if is_success else COLOURS.get(name) or next(spare)
-        style = {"color": colour, "ls": "--" if is_success else "-", "lw": 2}
+        style = {"color": colour, "ls": "--" if is_success else "-", "lw": 1.6}
         (handles[name],) = axes.plot(grid, np.mean(values, axis=0), **style)
         if len(values) > 1:
             low, high = interval(np.stack(values))
             axes.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
     steps_axis(axes, max(ends))
     axes.set_ylim(-3, 103)
-    seeds = f"{len(values)} seed" + "s" * (len(values) != 1)
-    axes.text(0.98, 0.97, seeds, transform=axes.transAxes, ha="right", va="top", **NOTE)
+    axes.set_title(f"seeds: {len(values)}", loc="right", **NOTE)
 
 
 def draw_figure3(rows: list[dict[str, str]], out: Path) -> None:
+    label = "share of states; success, %"
     title = "Figure 3: candidates selected as guidance policy during training"
     figure, axes = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
-    axes.set_title(f"{title}, push-wall", fontsize=10)
-    axes.set_ylabel("share of a minibatch; success, %")
+    figure.suptitle(title, fontsize=11)
+    axes.set_title("push-wall", loc="left", fontsize=10)
+    axes.set(xlabel="environment steps", ylabel=label)
     handles: dict = {}
     figure3(rows, "push-wall-v2", axes, handles)
     finish(figure, handles, out / "figure3.png")
-    figure, panels = sheet(title, "share of a minibatch; success, %")
+    figure, panels = sheet(title, label)
     handles = {}
     for task, axes in panels.items():
         figure3(rows, task, axes, handles)
@@ -390,6 +382,7 @@ def figure4(rows: list[dict[str, str]], path: Path) -> None:
         style = {"color": COLOURS.get(name) or next(spare), "lw": 1.3}
         style |= {"ls": "--", "lw": 1} if name == "target" else {}
         (handles[name],) = axes.plot(*zip(*points, strict=True), **style)
+    axes.set_xlabel("environment steps of the episode")
     axes.set_ylabel("expected advantage over the target policy")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
