@@ -100,14 +100,14 @@ class Args:
     """policy files pi_1 ... pi_n to reuse; nothing after the flag: none, which is SAC"""
     num_random_sources: int = 0
     """untrained policies added to the sources (paper, Section 4.3.3)"""
-    beta1: float = 1.0
+    beta1: float = 10.0
     """weight of the guidance KL, beta_1 in Eq. 12"""
     beta2: float = 3e-3
     """cap on the advantage in that weight, as a fraction of |V|: beta_2 in Eq. 12"""
     num_guidance_samples: int = 1
     """actions sampled per candidate to estimate its expected advantage, Eq. 4"""
-    soft_advantage: bool = True
-    """entropy term in the expected advantage (Eq. 4); off: the paper's Appendix B.3"""
+    soft_advantage: bool = False
+    """entropy term in the expected advantage: Eq. 4 as it is; off: Appendix B.3's variant"""
     source_mean_bound: float = 2.5
     """sources' pre-tanh means are clipped to plus or minus this (see query_sources)"""
     source_log_std_min: float = -1.5

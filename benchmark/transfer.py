@@ -239,7 +239,7 @@ def run_jobs(args: Args, jobs: list[Job]) -> int:
             elif stop and not told:
                 submitted.cancel(check=False)
         told = bool(stop)
-        time.sleep(1)
+        time.sleep(0.5)
     collect(args)
     if failed:
         print(
