@@ -897,6 +897,11 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         else:
             sources = load_sources(args, obs_dim, action_dim)
         run = Run(args, sources, checkpoint)
+        method = f"CUP with {', '.join(sources)}" if sources else "SAC, no sources"
+        print(
+            f"{args.env_id}, seed {args.seed}: {method}; writing to {run.dir}",
+            flush=True,
+        )
         sources = {name: actor.to(device) for name, actor in sources.items()}
         sizes = args.buffer_size, obs_dim, action_dim, len(sources)
         buffer = ReplayBuffer(*sizes, device)

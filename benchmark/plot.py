@@ -47,7 +47,7 @@ class Args:
     dir: Path = Path(__file__).resolve().parent
     """where the csv files are, and the figures go"""
     figure4: Path | None = None
-    """run directory: play one episode with its policy and plot every source's advantage"""
+    """run directory: play one episode, plot every source's advantage"""
     episode_seed: int = 1
     """seed of the goal of that episode"""
 
@@ -77,11 +77,11 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return result.confidence_interval.low, result.confidence_interval.high
 
 
-# --------------------------------- Figure 2 and the table --------------------------------
+# ------------------------------- Figure 2 and the table -------------------------------
 
 
 class Curves:
-    """Evaluations of one task: by method and seed, arrays of step, success and return."""
+    """Evaluations of a task: by method and seed, arrays of step, success, return."""
 
     def __init__(self, rows: list[dict[str, str]], env_id: str):
         points = defaultdict(lambda: defaultdict(list))
@@ -251,11 +251,11 @@ def table(curves: dict[str, Curves]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------- Figure 3 ---------------------------------------
+# -------------------------------------- Figure 3 --------------------------------------
 
 
 def figure3(rows: list[dict[str, str]], env_id: str, axes, handles: dict) -> None:
-    """Share of every candidate as guidance policy, and the success rate, in training."""
+    """Share of every candidate as guidance policy, and the success, in training."""
     lines = defaultdict(lambda: defaultdict(list))  # name, seed: (step, percent)
     for row in rows:
         if row["env_id"] == env_id:
@@ -307,11 +307,11 @@ def draw_figure3(rows: list[dict[str, str]], out: Path) -> None:
     finish(figure, handles, out / "figure3_all.png")
 
 
-# --------------------------------------- Figure 4 ---------------------------------------
+# -------------------------------------- Figure 4 --------------------------------------
 
 
 def play(run_dir: Path, episode_seed: int, path: Path) -> None:
-    """One episode with the run's policy: every candidate's expected advantage, to csv."""
+    """Play one episode of the run; write every candidate's advantage to csv."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
 

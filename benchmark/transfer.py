@@ -146,7 +146,7 @@ class Job:
         return False
 
     def __call__(self) -> None:
-        """Run cup.py to its end, or until SIGTERM, which it answers with a checkpoint."""
+        """Run cup.py to its end or to SIGTERM, which it answers with a checkpoint."""
         begun = (self.dir / "checkpoint.pt").exists() or read_metrics(self.dir)
         if not begun and not self.locked():  # killed before there was anything to keep
             shutil.rmtree(self.dir, ignore_errors=True)
@@ -186,7 +186,7 @@ def make_jobs(args: Args, extra: list[str]) -> list[Job]:
     return jobs
 
 
-# --------------------------------------- running ---------------------------------------
+# -------------------------------------- running ---------------------------------------
 
 
 def run_jobs(args: Args, jobs: list[Job]) -> int:
@@ -295,7 +295,7 @@ def print_status(args: Args, jobs: list[Job]) -> None:
     print(summary)
 
 
-# -------------------------------------- collecting -------------------------------------
+# ------------------------------------- collecting -------------------------------------
 
 
 def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) -> None:
