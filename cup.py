@@ -59,6 +59,10 @@ class RunError(Exception):
     """A run that cannot go on; `main` prints it and exits with code 1."""
 
 
+class EnvironmentFault(RunError):
+    """An environment that raised, died or returned NaN; a checkpoint is written first."""
+
+
 @dataclass
 class Args:
     """Train a target policy with the guidance of source policies (CUP)."""
@@ -211,8 +215,9 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> gym.Env:
         env._set_task_called = True
         return SeededEpisodes(env, seed)
     try:
-        env = gym.make(env_id, render_mode=render_mode)
-    except (gym.error.Error, ImportError) as error:
+        # an environment of one's own need not know about rendering
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # noqa: BLE001, its constructor may raise anything
         names = [re.sub("3$", digit, name) for name in tasks for digit in "23"]
         near = difflib.get_close_matches(env_id, [*names, *gym.registry], cutoff=0.5)
         hint = (
@@ -260,7 +265,7 @@ class VectorEnv:
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionError):
-            raise RunError("the process of the environments died") from None
+            raise EnvironmentFault("its process died") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -299,7 +304,7 @@ def serve(pipe, env_id: str, seeds: Sequence[int]) -> None:
     except (EOFError, OSError):
         pass  # nobody is listening any more
     except Exception as error:  # noqa: BLE001, whatever the environment raises
-        pipe.send(RunError(f"{type(error).__name__}: {error}"))
+        pipe.send(EnvironmentFault(f"{type(error).__name__}: {error}"))
 
 
 # -------------------------------------- networks --------------------------------------
@@ -344,19 +349,23 @@ class Actor(nn.Module):
 
 
 class SoftQNetwork(nn.Module):
-    """Twin critic: obs (..., obs_dim), action (..., action_dim) -> Q1, Q2 as (2, ...)."""
+    """Twin critic: obs (..., obs_dim), action (..., action_dim) -> Q1, Q2 as (2, ...).
+
+    With first_only, Q1 alone as (1, ...), at half the price.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: Sequence[int]):
         super().__init__()
         self.q1 = mlp(obs_dim + action_dim, *hidden_sizes, 1)
         self.q2 = mlp(obs_dim + action_dim, *hidden_sizes, 1)
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+    def forward(self, obs: Tensor, action: Tensor, first_only: bool = False) -> Tensor:
         x = torch.cat([obs, action], dim=-1)
-        flat = x.flatten(
-            0, -2
-        )  # nn.Linear is a good deal faster on two axes than on three
-        return torch.stack([self.q1(flat), self.q2(flat)]).view(2, *x.shape[:-1])
+        flat = x.reshape(
+            -1, x.shape[-1]
+        )  # nn.Linear is faster on two axes than on three
+        critics = [self.q1] if first_only else [self.q1, self.q2]
+        return torch.stack([q(flat) for q in critics]).view(-1, *x.shape[:-1])
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -534,8 +543,8 @@ class Agent:
         mean, log_std = self.actor(obs)
         noise = torch.randn(samples, *mean.shape, device=mean.device)
         action, log_prob = squash(mean, log_std, noise)  # log_prob: (samples, batch)
-        q = self.critic(obs.expand(samples, -1, -1), action).amin(dim=0)
-        actor_loss = (alpha * log_prob - q).mean()
+        q = self.critic(obs.expand(samples, -1, -1), action)  # (2, samples, batch)
+        actor_loss = (alpha * log_prob - q.amin(dim=0)).mean()
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
         info["alpha"] = alpha
 
@@ -546,9 +555,10 @@ class Agent:
                 source = squash(source_mean, source_log_std, noise.unsqueeze(2))
                 source_action, source_log_prob = source  # (samples, batch, n, ...)
                 source_obs = obs.unsqueeze(1).expand(*source_action.shape[:3], -1)
-                source_q = self.critic(source_obs, source_action).amin(dim=0)
+                # one critic judges all: no twin minimum, that is against bias in TD targets
+                (source_q,) = self.critic(source_obs, source_action, first_only=True)
                 advantage, value = expected_advantage(  # Eq. 4
-                    torch.cat([source_q, q.unsqueeze(2)], dim=2),
+                    torch.cat([source_q, q[0].unsqueeze(2)], dim=2),
                     torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2),
                     alpha if args.soft_advantage else 0.0,
                 )
@@ -647,19 +657,25 @@ def load_policy(path: str | Path) -> Actor:
             content["weights"],
             os.path.getsize(path),
         )
+        if not isinstance(config, dict) or not isinstance(weights, dict):
+            raise TypeError("architecture and weights must be dictionaries")
         sizes = [config["obs_dim"], *config["hidden_sizes"], 2 * config["action_dim"]]
         # nothing is built or read that the file would be too small to hold
         num_weights = sum(fan_in * fan_out for fan_in, fan_out in pairwise(sizes))
-        stored = sum(w.untyped_storage().nbytes() for w in weights.values())
+        stored = max(
+            sum(w.untyped_storage().nbytes() for w in weights.values()),
+            sum(w.nbytes for w in weights.values()),  # an expanded tensor claims more
+        )
         if min(sizes) < 1 or 4 * num_weights > room or stored > room:
             raise ValueError(f"layer sizes {sizes} do not fit it")
         bounds = [config[n] for n in ("mean_bound", "log_std_min", "log_std_max")]
         if not (0 < bounds[0] <= 100 and -20 <= bounds[1] < bounds[2] <= 20):
             raise ValueError(f"bounds {bounds} are out of range")
-        if not all(
-            w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()
-        ):
-            raise ValueError("a weight is not a finite number")
+        plain = torch.float32, torch.strided, torch.device("cpu")
+        for w in weights.values():
+            # beyond a million, finite weights could add up to infinity
+            if (w.dtype, w.layout, w.device) != plain or not (w.abs() < 1e6).all():
+                raise ValueError("a weight is not a number of a sensible size")
         return build_actor(content)
     except FileNotFoundError:
         raise UserError(
@@ -763,7 +779,8 @@ class Run:
         self.check_losses(step, info)
         now, (last_time, last_step) = time.time(), self.last_log
         self.last_log = now, step
-        rate = (step - last_step) / max(now - last_time, 1e-9)
+        seconds = now - last_time - evaluation.get("seconds", 0.0)
+        rate = (step - last_step) / max(seconds, 1e-9)
         row = {"step": step, "time/seconds": round(now - self.start, 1)}
         row["time/steps_per_second"] = round(rate, 1)
         row |= {name: value.item() for name, value in info.items() if "/" in name}
@@ -783,7 +800,8 @@ class Run:
             row["train/return"], row["train/success_rate"] = np.mean(
                 recent, axis=0
             ).tolist()
-        row |= {f"eval/{name}": value for name, value in evaluation.items()}
+        for name in ("return", "success_rate") if evaluation else ():
+            row[f"eval/{name}"] = evaluation[name]
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.csv.writerow(row)
         self.metrics.flush()
@@ -805,7 +823,7 @@ class Run:
     def show(self, row: dict, keep: bool) -> None:
         """A line overwritten in place on a terminal; elsewhere, one per evaluation."""
         total, rate = self.args.total_timesteps, max(row["time/steps_per_second"], 0.1)
-        left = timedelta(seconds=round(max(total - row["step"], 0) / rate))
+        left = timedelta(seconds=round(min(max(total - row["step"], 0) / rate, 1e9)))
         line = (
             f"{self.args.env_id} {row['step']:,}/{total:,}, {rate:.0f}/s, {left} left"
         )
@@ -890,21 +908,21 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         stack.callback(eval_envs.close)
         obs_dim, action_dim = envs.obs_dim, envs.action_dim
 
-        agent = Agent(args, obs_dim, action_dim, device)
         if checkpoint:
             stored = checkpoint["sources"].items()
             sources = {name: build_actor(content) for name, content in stored}
         else:
             sources = load_sources(args, obs_dim, action_dim)
-        run = Run(args, sources, checkpoint)
-        method = f"CUP with {', '.join(sources)}" if sources else "SAC, no sources"
-        print(
-            f"{args.env_id}, seed {args.seed}: {method}; writing to {run.dir}",
-            flush=True,
-        )
         sources = {name: actor.to(device) for name, actor in sources.items()}
-        sizes = args.buffer_size, obs_dim, action_dim, len(sources)
-        buffer = ReplayBuffer(*sizes, device)
+        try:
+            sizes = args.buffer_size, obs_dim, action_dim, len(sources)
+            buffer = ReplayBuffer(*sizes, device)
+            agent = Agent(args, obs_dim, action_dim, device)
+        except (RuntimeError, TypeError):  # PyTorch's words for too little memory
+            problem = (
+                "too little memory for --buffer-size or --hidden-sizes: lower them"
+            )
+            raise UserError(problem) from None
         step, recent = 0, deque(maxlen=20)  # return and success of the last 20 episodes
         # number of each environment's present episode, and its actions (SeededEpisodes)
         episodes, actions = [0] * args.num_envs, [[] for _ in range(args.num_envs)]
@@ -947,10 +965,23 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         def tensor(array):
             return torch.as_tensor(array, dtype=torch.float32, device=device)
 
+        @contextlib.contextmanager
+        def saving_when_the_environment_fails():
+            try:
+                yield
+            except EnvironmentFault as error:
+                save_checkpoint()
+                message = f"environment failed at step {step:,}: {error}"
+                raise RunError(message) from None
+
         info: dict[str, Tensor] = {}
         obs = tensor(envs.call("reset")[0])
+        run = Run(args, sources, checkpoint)  # what can go wrong at once has not
+        method = f"CUP with {', '.join(sources)}" if sources else "SAC, no sources"
+        print(f"{args.env_id}, {method}; writing to {run.dir}", flush=True)
         if not checkpoint:
             save_checkpoint()  # from now on the run can be resumed
+        stack.enter_context(saving_when_the_environment_fails())
         while step < args.total_timesteps and not stop_signals:
             # ---- act; the environments then step while the networks learn
             with torch.no_grad():
@@ -974,13 +1005,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 info = agent.update(batch, guide=step > args.guidance_starts)
 
             # ---- store
-            try:
-                next_obs, reward, terminated, truncated, infos = envs.wait()
-            except RunError as error:
-                save_checkpoint()
-                raise RunError(
-                    f"environment failed at step {step:,}: {error}"
-                ) from None
+            next_obs, reward, terminated, truncated, infos = envs.wait()
             final_obs = next_obs.copy()
             for index, done in enumerate(terminated | truncated):
                 actions[index].append(numpy_action[index])
@@ -994,10 +1019,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                     actions[index] = []
             for array in (final_obs, next_obs, reward):
                 if not np.isfinite(array).all():
-                    save_checkpoint()
-                    raise RunError(
-                        f"NaN or infinity from the environment, step {step:,}"
-                    )
+                    raise EnvironmentFault("it returned NaN or infinity")
             outcome = tensor(final_obs), action, tensor(reward), tensor(terminated)
             buffer.add(obs, *outcome, source_dist)
             obs = tensor(next_obs)
@@ -1006,18 +1028,19 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             last = step >= args.total_timesteps
             evaluation = {}
             if last or due(args.eval_interval):
-                episodes_from = step  # goals of their own for every evaluation
-                score = evaluate(
-                    agent.actor, eval_envs, args.eval_episodes, episodes_from
-                )
+                start = time.time()
+                # the step as first episode's number: new goals for every evaluation
+                score = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
                 evaluation["return"] = score["return"].mean().item()
                 evaluation["success_rate"] = score["success"].mean().item()
+                evaluation["seconds"] = time.time() - start
             if evaluation or due(args.log_interval):
                 run.log(step, recent, info, evaluation)
                 info = {}
             if evaluation:
-                about = {"env_id": args.env_id, "step": step, **evaluation}
+                about = {"env_id": args.env_id, "step": step}
                 about["eval_episodes"] = args.eval_episodes
+                about |= {name: evaluation[name] for name in ("return", "success_rate")}
                 save(policy_file(agent.actor, **about), run.dir / "policy.pt")
             if due(args.checkpoint_interval):
                 save_checkpoint()
@@ -1042,7 +1065,8 @@ def score_policy(args: Args) -> None:
 
     actor = load_policy(args.evaluate)
     env_id = args.env_id or actor.about.get("env_id")
-    if env_id is None:
+    # "module:Name" would import a module that a stranger's file chose
+    if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -1109,6 +1133,9 @@ def check(args: Args) -> Args:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must not be negative, not {getattr(args, name)}")
     problems = {
+        "--seed must be below 2**63": args.seed >= 2**63,
+        "--threads must not exceed 1024": args.threads > 1024,
+        "--utd-ratio must not exceed 1000": args.utd_ratio > 1000,
         "--gamma must be between 0 and 1": not 0 <= args.gamma <= 1,
         "--tau must be between 0 and 1": not 0 <= args.tau <= 1,
         "--source-log-std-min must be a number below 2": not args.source_log_std_min
@@ -1154,11 +1181,13 @@ def resume(run_dir: str) -> None:
     args = tyro.cli(Args, default=before)
     args = replace(args, resume=None, run_dir=run_dir)
     free = {"run_dir", "total_timesteps", "checkpoint_interval", "tensorboard", "track"}
-    for name in {f.name for f in fields(Args)} - free:
+    changed = []
+    for name in (f.name for f in fields(Args) if f.name not in free):
         old, new = getattr(before, name), getattr(args, name)
         if old != new:
-            flag = name.replace("_", "-")
-            raise UserError(f"{run_dir} was started with --{flag} {old}, not {new}")
+            changed.append(f"--{name.replace('_', '-')} {old}, not {new}")
+    if changed:
+        raise UserError(f"{run_dir} was started with {', '.join(changed)}")
     if checkpoint["step"] >= args.total_timesteps:
         print(f"{run_dir} is finished; a larger --total-timesteps goes on with it")
     else:

@@ -18,11 +18,9 @@ def goal(obs):
     return obs[..., -3:]
 
 
-def goals_of(env, episodes=4):
-    """The goals of an environment's next episodes, one a row."""
-    return np.concatenate(
-        [goal(np.atleast_2d(env.reset()[0])) for _ in range(episodes)]
-    )
+def goals_of(reset, episodes=4):
+    """The goals of the next episodes, one a row."""
+    return np.concatenate([goal(np.atleast_2d(reset()[0])) for _ in range(episodes)])
 
 
 def random_actions(env, steps, seed=0):
