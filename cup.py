@@ -908,13 +908,13 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         stack.callback(eval_envs.close)
         obs_dim, action_dim = envs.obs_dim, envs.action_dim
 
-        if checkpoint:
-            stored = checkpoint["sources"].items()
-            sources = {name: build_actor(content) for name, content in stored}
-        else:
-            sources = load_sources(args, obs_dim, action_dim)
-        sources = {name: actor.to(device) for name, actor in sources.items()}
         try:
+            if checkpoint:
+                stored = checkpoint["sources"].items()
+                sources = {name: build_actor(content) for name, content in stored}
+            else:
+                sources = load_sources(args, obs_dim, action_dim)
+            sources = {name: actor.to(device) for name, actor in sources.items()}
             sizes = args.buffer_size, obs_dim, action_dim, len(sources)
             buffer = ReplayBuffer(*sizes, device)
             agent = Agent(args, obs_dim, action_dim, device)
@@ -1066,7 +1066,7 @@ def score_policy(args: Args) -> None:
     actor = load_policy(args.evaluate)
     env_id = args.env_id or actor.about.get("env_id")
     # "module:Name" would import a module that a stranger's file chose
-    if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
+    if not isinstance(env_id, str) or not env_id or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
