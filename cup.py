@@ -717,11 +717,14 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
             if args.track:
                 import wandb
-        except ImportError as error:
+
+                about = {"id": self.dir.name, "resume": "allow", "config": asdict(args)}
+                self.wandb = wandb.init(project="cup", **about)
+        except ImportError:
             flag, name = ("track", "wandb") if args.track else ("tensorboard",) * 2
-            raise UserError(
-                f"--{flag} needs a package ({error}): pip install {name}"
-            ) from None
+            raise UserError(f"--{flag} needs a package: pip install {name}") from None
+        except Exception as error:  # noqa: BLE001, W&B has its own for every trouble
+            raise UserError(f"--track: {error}") from None
         if not checkpoint:
             try:
                 self.dir.mkdir(parents=True)
@@ -768,11 +771,6 @@ class Run:
             self.csv.writeheader()
         if args.tensorboard:
             self.writer = SummaryWriter(str(self.dir), purge_step=step)
-        if args.track:
-            name = self.dir.name
-            self.wandb = wandb.init(
-                project="cup", id=name, resume="allow", config=asdict(args)
-            )
 
     def log(self, step: int, recent: Sequence, info: dict, evaluation: dict) -> None:
         """Write one row. `info`: what the last `Agent.update` returned."""
@@ -1101,12 +1099,14 @@ def film(actor: Actor, env_id: str, seed: int, path: Path) -> None:
     """Write one episode as a GIF."""
     import imageio  # Gymnasium's mujoco extra brings it
 
-    frames, done = [], False
+    frames, step, done = [], 0, False
     try:
         env = make_env(env_id, seed, render_mode="rgb_array")
         obs, _ = env.reset()
         while not done:
-            frames.append(env.render())
+            if step % 4 == 0:
+                frames.append(env.render())
+            step += 1
             mean, _ = actor(torch.as_tensor(obs, dtype=torch.float32))
             obs, _, terminated, truncated, _ = env.step(torch.tanh(mean).numpy())
             done = terminated or truncated
@@ -1115,7 +1115,7 @@ def film(actor: Actor, env_id: str, seed: int, path: Path) -> None:
         raise UserError(
             f"cannot render without an OpenGL library ({error}): {hint}"
         ) from None
-    imageio.mimsave(path, frames[::4], fps=20, loop=0)
+    imageio.mimsave(path, frames, fps=20, loop=0)
 
 
 def check(args: Args) -> Args:
