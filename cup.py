@@ -831,13 +831,9 @@ class Run:
             if f"{kind}/success_rate" in row:
                 line += f" success {row[f'{kind}/success_rate']:.0%}"
         if "guidance/kl" in row:
-            guides = {
-                row[f"guidance/selected/{name}"]: name for name in self.candidates
-            }
-            guides = sorted(guides.items(), reverse=True)
-            line += " | guides: " + ", ".join(
-                f"{name} {share:.0%}" for share, name in guides
-            )
+            share = {name: row[f"guidance/selected/{name}"] for name in self.candidates}
+            guides = sorted(share, key=share.get, reverse=True)
+            line += " | guides: " + ", ".join(f"{n} {share[n]:.0%}" for n in guides)
         if sys.stdout.isatty():
             width = os.get_terminal_size().columns - 1
             line = line.ljust(width) + "\n" if keep else line[:width].ljust(width)

@@ -119,8 +119,9 @@ class Task:
         actor = cup.load_policy(self.run_dir / "policy.pt")
         episodes, about = self.args.test_episodes, {**actor.about}
         with closing(cup.VectorEnv(self.env_id, 4, self.args.seed, 2)) as envs:
-            mean = cup.evaluate(actor, envs, episodes)
-            sampled = cup.evaluate(actor, envs, episodes, sample=True)
+            step = about["step"]  # new goals for every test: no second try on the same
+            mean = cup.evaluate(actor, envs, episodes, step)
+            sampled = cup.evaluate(actor, envs, episodes, step, sample=True)
         about["success_rate"] = mean["success"].mean().item()
         about["return"] = mean["return"].mean().item()
         about["sampled_success_rate"] = sampled["success"].mean().item()
