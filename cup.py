@@ -29,6 +29,10 @@ import signal
 import sys
 import time
 import zipfile
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch loads: just end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -137,8 +141,8 @@ class Args:
     """with --evaluate: also write one episode as a GIF beside the policy file"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
-    threads: int = min(4, os.cpu_count() or 1)
-    """CPU threads of the learner"""
+    threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))
+    """CPU threads of the learner; the default leaves a core to the environments"""
     tensorboard: bool = False
     """also write TensorBoard logs into the run directory"""
     track: bool = False
@@ -179,14 +183,9 @@ class SeededEpisodes(gym.Wrapper):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.episode_return += float(reward)
         self.success = np.fmax(self.success, float(info.get("success", np.nan)))
-        info = {"return": self.episode_return, "success": self.success}
-        return (
-            obs,
-            reward,
-            terminated,
-            truncated,
-            info if terminated or truncated else {},
-        )
+        summary = {"return": self.episode_return, "success": self.success}
+        info = summary if terminated or truncated else {}
+        return obs, reward, terminated, truncated, info
 
 
 def derive_seed(*numbers: int) -> int:
@@ -204,15 +203,10 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> gym.Env:
     tasks = metaworld.ALL_V3_ENVIRONMENTS
     if (task := re.sub(r"-v[23]$", "-v3", env_id)) in tasks:
         env = tasks[task](render_mode=render_mode, reward_function_version="v2")
-        env._partially_observable = False  # show the goal in the observation ...
-        del (
-            env.sawyer_observation_space
-        )  # ... whose cached bounds would clip it to zero
-        env._freeze_rand_vec, env.seeded_rand_vec = (
-            False,
-            True,
-        )  # a new goal every episode
-        env._set_task_called = True
+        env._partially_observable = False  # show the goal in the observation, ...
+        del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+        env._freeze_rand_vec = False  # a new goal for every episode, ...
+        env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
         return SeededEpisodes(env, seed)
     try:
         # an environment of one's own need not know about rendering
@@ -220,11 +214,8 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> gym.Env:
     except Exception as error:  # noqa: BLE001, its constructor may raise anything
         names = [re.sub("3$", digit, name) for name in tasks for digit in "23"]
         near = difflib.get_close_matches(env_id, [*names, *gym.registry], cutoff=0.5)
-        hint = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else "see Meta-World's task names"
-        )
+        near = near or ["the name of a Meta-World task"]
+        hint = f"did you mean {', '.join(near)}?"
         raise UserError(f"no environment {env_id!r} ({error}): {hint}") from None
     for name in ("observation", "action"):
         space = getattr(env, f"{name}_space")
@@ -249,10 +240,8 @@ class VectorEnv:
         seeds = [derive_seed(*seed, index) for index in range(num_envs)]
         self.num_envs = num_envs
         self.pipe, remote = multiprocessing.Pipe()
-        arguments = remote, env_id, seeds
-        self.process = multiprocessing.Process(
-            target=serve, args=arguments, daemon=True
-        )
+        process = multiprocessing.Process
+        self.process = process(target=serve, args=(remote, env_id, seeds), daemon=True)
         self.process.start()
         remote.close()
         self.obs_dim, self.action_dim = self.wait()
@@ -283,10 +272,8 @@ class VectorEnv:
 
 def serve(pipe, env_id: str, seeds: Sequence[int]) -> None:
     """The process of a VectorEnv."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the main process decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # and if that is killed, this goes with it
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -310,11 +297,33 @@ def serve(pipe, env_id: str, seeds: Sequence[int]) -> None:
 # -------------------------------------- networks --------------------------------------
 
 
-def mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
     layers = []
     for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
+        layers += [layer(fan_in, fan_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+class Standardize(nn.Module):
+    """obs (..., obs_dim) with mean 0 and standard deviation 1, by statistics set once.
+
+    Meta-World's observations are in metres, and centimetres decide: as they come, they
+    would hardly differ. Until `fit` is called, this is the identity.
+    """
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(obs_dim))
+        self.register_buffer("scale", torch.ones(obs_dim))
+
+    def fit(self, obs: Tensor) -> None:
+        """Take the statistics from obs (n, obs_dim)."""
+        self.scale.copy_(1 / obs.std(dim=0, correction=0).clamp(min=0.1))
+        self.scale[(obs == 0).all(dim=0)] = 0  # padding, which other tasks may use
+        self.shift.copy_(-obs.mean(dim=0) * self.scale)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, obs, self.scale)
 
 
 class Actor(nn.Module):
@@ -338,14 +347,35 @@ class Actor(nn.Module):
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.hidden_sizes, self.mean_bound = list(hidden_sizes), mean_bound
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
+        self.standardize = Standardize(obs_dim)
         self.net = mlp(obs_dim, *hidden_sizes, 2 * action_dim)
+        low = torch.tensor([-mean_bound, log_std_min]).repeat_interleave(action_dim)
+        high = torch.tensor([mean_bound, log_std_max]).repeat_interleave(action_dim)
+        self.register_buffer("center", (low + high) / 2, persistent=False)
+        self.register_buffer("reach", (high - low) / 2, persistent=False)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.net(obs).chunk(2, dim=-1)
-        mean = self.mean_bound * torch.tanh(mean / self.mean_bound)
-        half_range = 0.5 * (self.log_std_max - self.log_std_min)
-        log_std = self.log_std_min + half_range * (torch.tanh(log_std) + 1)
-        return mean, log_std
+        x = self.net(self.standardize(obs))
+        bounded = self.center + self.reach * torch.tanh(x / self.reach)
+        return bounded.chunk(2, dim=-1)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side, x (2, batch, fan_in) -> (2, batch, fan_out).
+
+    Given x (1, batch, fan_in), the first of the two alone.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__()
+        layers = [nn.Linear(fan_in, fan_out) for _ in range(2)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.T for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias[None] for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return torch.baddbmm(self.bias[:1], x, self.weight[:1])
+        return torch.baddbmm(self.bias, x, self.weight)
 
 
 class SoftQNetwork(nn.Module):
@@ -356,16 +386,13 @@ class SoftQNetwork(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: Sequence[int]):
         super().__init__()
-        self.q1 = mlp(obs_dim + action_dim, *hidden_sizes, 1)
-        self.q2 = mlp(obs_dim + action_dim, *hidden_sizes, 1)
+        self.standardize = Standardize(obs_dim)
+        self.net = mlp(obs_dim + action_dim, *hidden_sizes, 1, layer=TwinLinear)
 
     def forward(self, obs: Tensor, action: Tensor, first_only: bool = False) -> Tensor:
-        x = torch.cat([obs, action], dim=-1)
-        flat = x.reshape(
-            -1, x.shape[-1]
-        )  # nn.Linear is faster on two axes than on three
-        critics = [self.q1] if first_only else [self.q1, self.q2]
-        return torch.stack([q(flat) for q in critics]).view(-1, *x.shape[:-1])
+        x = torch.cat([self.standardize(obs), action], dim=-1)
+        twins = x.reshape(-1, x.shape[-1]).expand(1 if first_only else 2, -1, -1)
+        return self.net(twins).view(len(twins), *x.shape[:-1])
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,9 +469,8 @@ def query_sources(sources: Iterable[Actor], obs: Tensor, args: Args) -> Tensor:
     for actor in sources:
         mean, log_std = actor(obs)
         mean = mean.clamp(-args.source_mean_bound, args.source_mean_bound)
-        dists.append(
-            torch.stack([mean, log_std.clamp(min=args.source_log_std_min)], dim=1)
-        )
+        log_std = log_std.clamp(min=args.source_log_std_min)
+        dists.append(torch.stack([mean, log_std], dim=1))
     return torch.stack(dists, dim=1) if dists else obs.new_empty(len(obs), 0)
 
 
@@ -480,11 +506,9 @@ class ReplayBuffer:
         index = torch.randint(self.size, (batch_size,), device=self.rows.device)
         columns = self.rows[index].split(self.widths, dim=1)
         obs, next_obs, action, reward, terminated, source_dist = columns
-        source_mean, source_log_std = source_dist.unflatten(
-            1, self.source_shape
-        ).unbind(2)
         scalars = reward.squeeze(1), terminated.squeeze(1)
-        return obs, next_obs, action, *scalars, source_mean, source_log_std
+        source_dist = source_dist.unflatten(1, self.source_shape)
+        return obs, next_obs, action, *scalars, *source_dist.unbind(2)
 
 
 # --------------------------------- the update (Alg. 1) ---------------------------------
@@ -510,9 +534,7 @@ class Agent:
         self.critic_optimizer = adam(self.critic.parameters(), args.q_lr, fused=True)
         self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr, fused=True)
 
-    def update(
-        self, batch: tuple[Tensor, ...], guide: bool = True
-    ) -> dict[str, Tensor]:
+    def update(self, batch: Sequence[Tensor], guide: bool = True) -> dict[str, Tensor]:
         """One gradient step of Alg. 1 on a minibatch of `ReplayBuffer.sample`.
 
         Without sources, or with guide=False, it is SAC. Returns what there is to log:
@@ -568,11 +590,8 @@ class Agent:
                 row = torch.arange(len(obs), device=obs.device)
                 means = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)
                 log_stds = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)
-                guidance_mean, guidance_log_std = (
-                    means[row, guidance],
-                    log_stds[row, guidance],
-                )
-            kl = kl_divergence(mean, log_std, guidance_mean, guidance_log_std)
+                chosen = means[row, guidance], log_stds[row, guidance]
+            kl = kl_divergence(mean, log_std, *chosen)  # (batch,)
             kl_loss = (beta * kl).mean()
             actor_loss = actor_loss + kl_loss  # Eq. 11
             info |= {"loss/kl": kl_loss.detach(), "weight": beta, "kl": kl.detach()}
@@ -597,8 +616,13 @@ class Agent:
                 target.lerp_(online, args.tau)
         return info
 
+    def standardize(self, obs: Tensor) -> None:
+        """Fix how the networks see observations, by the statistics of obs (n, obs_dim)."""
+        for network in (self.actor, self.critic, self.target_critic):
+            network.standardize.fit(obs)
+
     def state_dict(self) -> dict:
-        """Everything that the updates change."""
+        """Everything that training changes."""
         modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
         return modules | {"log_alpha": self.log_alpha.detach()}
 
@@ -622,9 +646,8 @@ def save(content: dict, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
-        raise RunError(
-            f"cannot write {path} ({reason}); what it held is intact"
-        ) from None
+        problem = f"cannot write {path} ({reason}); what it held is intact"
+        raise RunError(problem) from None
 
 
 def policy_file(actor: Actor, **about) -> dict:
@@ -652,11 +675,8 @@ def load_policy(path: str | Path) -> Actor:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load skips the checksums
             raise ValueError(f"{damaged} in it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights, room = (
-            content["actor"],
-            content["weights"],
-            os.path.getsize(path),
-        )
+        config, weights = content["actor"], content["weights"]
+        room = os.path.getsize(path)
         if not isinstance(config, dict) or not isinstance(weights, dict):
             raise TypeError("architecture and weights must be dictionaries")
         sizes = [config["obs_dim"], *config["hidden_sizes"], 2 * config["action_dim"]]
@@ -678,9 +698,8 @@ def load_policy(path: str | Path) -> Actor:
                 raise ValueError("a weight is not a number of a sensible size")
         return build_actor(content)
     except FileNotFoundError:
-        raise UserError(
-            f"there is no policy file {path}: see sources/ for some"
-        ) from None
+        problem = f"there is no policy file {path}: see sources/ for some"
+        raise UserError(problem) from None
     except Exception as error:  # noqa: BLE001, a stranger's file may raise anything
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise UserError(f"{path} is not a policy file of cup.py ({reason})") from None
@@ -712,6 +731,10 @@ class Run:
         self.args, self.dir = args, Path(args.run_dir)
         self.candidates = [*sources, "target"] if sources else []
         self.writer = self.wandb = None
+        if not checkpoint and self.dir.exists():
+            problem = f"run directory {self.dir} already exists: --resume {self.dir} "
+            problem += "goes on with it, or choose another --run-dir"
+            raise UserError(problem)
         try:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -725,25 +748,16 @@ class Run:
             raise UserError(f"--{flag} needs a package: pip install {name}") from None
         except Exception as error:  # noqa: BLE001, W&B has its own for every trouble
             raise UserError(f"--track: {error}") from None
-        if not checkpoint:
-            try:
-                self.dir.mkdir(parents=True)
-            except FileExistsError:
-                hint = (
-                    f"--resume {self.dir} goes on with it, or choose another --run-dir"
-                )
-                raise UserError(
-                    f"run directory {self.dir} already exists: {hint}"
-                ) from None
-            except OSError as error:
-                raise UserError(f"cannot create the run directory: {error}") from None
+        try:
+            self.dir.mkdir(parents=True, exist_ok=bool(checkpoint))
+        except OSError as error:
+            raise UserError(f"cannot create the run directory: {error}") from None
         self.metrics = open(self.dir / "metrics.csv", "a", newline="")  # noqa: SIM115
         try:  # a lock that goes with this process, however it ends
             fcntl.lockf(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"another run writes to {self.dir}: choose another"
-            ) from None
+            problem = f"another run writes to {self.dir}: choose another"
+            raise UserError(problem) from None
         step, seconds = 0, 0.0
         if checkpoint:
             step, seconds = checkpoint["step"], checkpoint["seconds"]
@@ -752,9 +766,8 @@ class Run:
             self.metrics.seek(0, os.SEEK_END)
         self.start, self.last_log = time.time() - seconds, (time.time(), step)
         packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
-        versions = {"python": platform.python_version()} | {
-            p: version(p) for p in packages
-        }
+        versions = {"python": platform.python_version()}
+        versions |= {package: version(package) for package in packages}
         about = json.dumps({"args": asdict(args), "versions": versions}, indent=2)
         (self.dir / "args.json").write_text(about + "\n")
         columns = (
@@ -785,19 +798,16 @@ class Run:
         if info:
             row["alpha"] = info["alpha"].item()
         if "guidance" in info:
-            n, advantage = len(self.candidates), info["advantage"].mean(dim=0).tolist()
-            share = (
-                info["guidance"].bincount(minlength=n) / len(info["guidance"])
-            ).tolist()
+            advantage = info["advantage"].mean(dim=0).tolist()
             for k, name in enumerate(self.candidates):
-                row[f"guidance/selected/{name}"] = share[k]
+                share = (info["guidance"] == k).float().mean().item()
+                row[f"guidance/selected/{name}"] = share
                 row[f"guidance/advantage/{name}"] = advantage[k]
             row["guidance/weight"] = info["weight"].mean().item()
             row["guidance/kl"] = info["kl"].mean().item()
         if recent:
-            row["train/return"], row["train/success_rate"] = np.mean(
-                recent, axis=0
-            ).tolist()
+            episodes = np.mean(recent, axis=0).tolist()
+            row["train/return"], row["train/success_rate"] = episodes
         for name in ("return", "success_rate") if evaluation else ():
             row[f"eval/{name}"] = evaluation[name]
         row = {name: value for name, value in row.items() if not math.isnan(value)}
@@ -813,18 +823,15 @@ class Run:
     def check_losses(self, step: int, info: dict) -> None:
         for name, value in info.items():
             if name.startswith("loss/") and not math.isfinite(value):
-                before = f"{self.dir}/checkpoint.pt is from before"
-                raise RunError(
-                    f"{name} is {value:.0f} at step {step:,}: stopped; {before}"
-                )
+                problem = f"{name} is {value:.0f} at step {step:,}: stopped; "
+                raise RunError(f"{problem}{self.dir}/checkpoint.pt is from before")
 
     def show(self, row: dict, keep: bool) -> None:
         """A line overwritten in place on a terminal; elsewhere, one per evaluation."""
         total, rate = self.args.total_timesteps, max(row["time/steps_per_second"], 0.1)
         left = timedelta(seconds=round(min(max(total - row["step"], 0) / rate, 1e9)))
-        line = (
-            f"{self.args.env_id} {row['step']:,}/{total:,}, {rate:.0f}/s, {left} left"
-        )
+        done = f"{self.args.env_id} {row['step']:,}/{total:,}"
+        line = f"{done}, {rate:.0f}/s, {left} left"
         for kind in ("train", "eval"):
             if f"{kind}/return" in row:
                 line += f" | {kind} return {row[f'{kind}/return']:.1f}"
@@ -913,10 +920,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             buffer = ReplayBuffer(*sizes, device)
             agent = Agent(args, obs_dim, action_dim, device)
         except (RuntimeError, TypeError):  # PyTorch's words for too little memory
-            problem = (
-                "too little memory for --buffer-size or --hidden-sizes: lower them"
-            )
-            raise UserError(problem) from None
+            problem = "too little memory for --buffer-size or --hidden-sizes"
+            raise UserError(f"{problem}: lower them") from None
         step, recent = 0, deque(maxlen=20)  # return and success of the last 20 episodes
         # number of each environment's present episode, and its actions (SeededEpisodes)
         episodes, actions = [0] * args.num_envs, [[] for _ in range(args.num_envs)]
@@ -936,9 +941,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
 
         def save_checkpoint():
             run.check_losses(step, info)
-            so_far = [
-                np.reshape(a, (-1, action_dim)).astype(np.float32) for a in actions
-            ]
+            so_far = [np.array(a, np.float32).reshape(-1, action_dim) for a in actions]
             run.save_checkpoint(
                 step=step,
                 episodes=episodes,
@@ -981,7 +984,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             with torch.no_grad():
                 if step < args.learning_starts:
                     action = (
-                        2 * torch.rand(args.num_envs, action_dim, device=device) - 1
+                        torch.rand(args.num_envs, action_dim, device=device) * 2 - 1
                     )
                 else:
                     mean, log_std = agent.actor(obs)
@@ -992,6 +995,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
 
             # ---- learn
             before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
+            if step < args.learning_starts <= step + args.num_envs:
+                agent.standardize(buffer.rows[: buffer.size, :obs_dim])
             step += args.num_envs
             after = int(max(step - args.learning_starts, 0) * args.utd_ratio)
             for _ in range(after - before):
@@ -1006,9 +1011,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 if done:  # next_obs is already the next episode's first
                     final_obs[index] = infos["final_obs"][index]
                     result = infos["final_info"]
-                    recent.append(
-                        [result[n][index].item() for n in ("return", "success")]
-                    )
+                    result = [result[name][index] for name in ("return", "success")]
+                    recent.append([value.item() for value in result])
                     episodes[index] += 1
                     actions[index] = []
             for array in (final_obs, next_obs, reward):
@@ -1069,9 +1073,8 @@ def score_policy(args: Args) -> None:
         if theirs != (actor.obs_dim, actor.action_dim):
             ours = f"{(actor.obs_dim, actor.action_dim)}, but {env_id} has {theirs}"
             raise UserError(f"{args.evaluate} has observation and action sizes {ours}")
-        print(
-            f"{args.evaluate} on {env_id}: {args.eval_episodes} episodes, seed {args.seed}"
-        )
+        what = f"{args.eval_episodes} episodes, seed {args.seed}"
+        print(f"{args.evaluate} on {env_id}: {what}")
         for name in ("mean", "sampled"):
             score = evaluate(actor, envs, args.eval_episodes, sample=name == "sampled")
             wins, returns = score["success"], score["return"]
@@ -1107,10 +1110,9 @@ def film(actor: Actor, env_id: str, seed: int, path: Path) -> None:
             obs, _, terminated, truncated, _ = env.step(torch.tanh(mean).numpy())
             done = terminated or truncated
     except Exception as error:  # noqa: BLE001, each OpenGL backend raises its own
-        hint = "install libegl1 or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        raise UserError(
-            f"cannot render without an OpenGL library ({error}): {hint}"
-        ) from None
+        problem = f"cannot render without an OpenGL library ({error}): install libegl1 "
+        problem += "or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+        raise UserError(problem) from None
     imageio.mimsave(path, frames, fps=20, loop=0)
 
 
@@ -1131,7 +1133,11 @@ def check(args: Args) -> Args:
     problems = {
         "--seed must be below 2**63": args.seed >= 2**63,
         "--threads must not exceed 1024": args.threads > 1024,
+        "--num-random-sources must not exceed 1000": args.num_random_sources > 1000,
         "--utd-ratio must not exceed 1000": args.utd_ratio > 1000,
+        "--policy-lr, --q-lr and --alpha-lr must not exceed 1": (
+            max(args.policy_lr, args.q_lr, args.alpha_lr) > 1
+        ),
         "--gamma must be between 0 and 1": not 0 <= args.gamma <= 1,
         "--tau must be between 0 and 1": not 0 <= args.tau <= 1,
         "--source-log-std-min must be a number below 2": not args.source_log_std_min
@@ -1139,9 +1145,10 @@ def check(args: Args) -> Args:
         "--hidden-sizes must be positive": min(args.hidden_sizes, default=0) < 1,
         "--batch-size must not exceed --buffer-size": args.batch_size
         > args.buffer_size,
-        "--num-envs must not exceed --learning-starts or --buffer-size": (
-            args.num_envs > min(args.learning_starts, args.buffer_size)
+        "--num-envs must be below --learning-starts": (
+            args.num_envs >= args.learning_starts
         ),
+        "--num-envs must not exceed --buffer-size": args.num_envs > args.buffer_size,
         "--learning-starts must be before the end, --total-timesteps": (
             args.learning_starts >= args.total_timesteps and not args.evaluate
         ),
@@ -1175,6 +1182,8 @@ def resume(run_dir: str) -> None:
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise UserError(f"{path} is not a checkpoint of cup.py ({reason})") from None
     args = tyro.cli(Args, default=before)
+    if args.run_dir != before.run_dir:
+        raise UserError(f"--resume goes on in {run_dir}: leave --run-dir out")
     args = replace(args, resume=None, run_dir=run_dir)
     free = {"run_dir", "total_timesteps", "checkpoint_interval", "tensorboard", "track"}
     changed = []
@@ -1193,9 +1202,9 @@ def resume(run_dir: str) -> None:
 def main() -> None:
     try:
         args = tyro.cli(Args, description=__doc__)
-        if args.resume:
+        if args.resume is not None:
             resume(args.resume)
-        elif args.evaluate:
+        elif args.evaluate is not None:
             score_policy(check(args))
         else:
             train(check(args))

@@ -23,6 +23,11 @@ import tyro
 import cup
 
 HERE = Path(__file__).parent
+# Many environments and few, larger updates: from scratch, what limits learning is how
+# much of the task has been seen, and a step of an environment is cheaper than an update.
+SETTINGS = "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --learning-starts 8000 "
+SETTINGS += "--policy-lr 5e-4 --q-lr 5e-4 --eval-interval 50000 --eval-episodes 16 "
+SETTINGS += "--threads 1 --no-cuda"
 
 
 @dataclass
@@ -35,12 +40,12 @@ class Args:
     """seed of every run; try another where a task gets stuck"""
     workers: int = 1
     """tasks trained at once, one thread each"""
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 10_000_000
     """environment steps after which a task is given up"""
     target_success: float = 0.95
     """success rate, with the mean action, that ends a task's training"""
     patience: int = 2
-    """evaluations in a row, of 20 episodes each, that must reach the target"""
+    """evaluations in a row, of 16 episodes each, that must reach the target"""
     test_episodes: int = 50
     """fresh goals on which a policy must then reach the target to be finished"""
     sources: tuple[str, ...] = ()
@@ -63,12 +68,12 @@ class Task:
         self.line = "waiting"
 
     def start(self) -> None:
-        command = [sys.executable, str(HERE / "cup.py"), "--threads", "1", "--no-cuda"]
+        command = [sys.executable, str(HERE / "cup.py")]
         if (self.run_dir / "checkpoint.pt").exists():
-            command = [*command[:2], "--resume", str(self.run_dir)]
+            command += ["--resume", str(self.run_dir)]
         else:
             command += ["--env-id", self.env_id, "--seed", str(self.args.seed)]
-            command += ["--eval-episodes", "20", "--run-dir", str(self.run_dir)]
+            command += ["--run-dir", str(self.run_dir), *SETTINGS.split()]
             command += ["--sources", *self.args.sources]
         command += ["--total-timesteps", str(self.args.total_timesteps)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

@@ -259,6 +259,13 @@ FLAGS += " checkpoint-interval run-dir resume evaluate"
 FLAGS = FLAGS.split()
 # these decide how long a run takes, so that large values would prove patience only
 SMALL_ONLY = {"total-timesteps", "utd-ratio", "num-envs", "eval-episodes", "threads"}
+# ... and these let a run start more often than not, however it then ends
+SENSIBLE = {flag: ["1", "3", "0.9"] for flag in FLAGS}
+SENSIBLE |= dict.fromkeys("policy-lr q-lr alpha-lr beta2 tau".split(), ["1e-3", "0.5"])
+SENSIBLE |= dict.fromkeys("num-envs learning-starts".split(), ["1", "3", "4", "5"])
+SENSIBLE |= {"total-timesteps": ["13", "16"], "hidden-sizes": ["4", "16"]}
+SENSIBLE |= {"source-log-std-min": ["-3", "0.5"], "gamma": ["0", "0.9", "1"]}
+SENSIBLE |= {"env-id": ["Pendulum-v1", "MountainCarContinuous-v0"]}
 WORDS = "0 1 2 7 -1 -7 0.0 0.5 1.0 2.5 1e-300 nan inf -inf 1_0 0x7 True None x . / é"
 WORDS = ["", " ", "a b", "..", "Pendulum-v1", "reach-v2", "CartPole-v1", *WORDS.split()]
 LARGE = ["1e9", "1e30", "-1e30", "1000000000", str(2**31), str(2**64), str(10**30)]
@@ -297,7 +304,8 @@ def arguments_of(draw) -> list[str]:
     typed = []
     for _ in range(draw([1, 1, 2, 3])):
         flag = draw(FLAGS)
-        values = [draw(WORDS if flag in SMALL_ONLY else WORDS + LARGE)]
+        strange = WORDS if flag in SMALL_ONLY else WORDS + LARGE
+        values = [draw(draw([SENSIBLE[flag], SENSIBLE[flag], strange]))]
         values += [draw(WORDS)] * draw([0, 0, 0, 1]) if flag == "hidden-sizes" else []
         typed += [f"--{flag}", *values]
     return typed

@@ -278,11 +278,8 @@ def frozen_agent(**changes) -> cup.Agent:
     torch.manual_seed(1)
     args = cup.Args(sources=(), hidden_sizes=(16,), beta2=0.5, **still, **changes)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM)
-    with (
-        torch.no_grad()
-    ):  # an opinionated critic, so that each candidate wins somewhere
-        for q in (agent.critic.q1, agent.critic.q2):
-            q[-1].weight *= 4
+    with torch.no_grad():  # an opinionated critic: each candidate wins somewhere
+        agent.critic.net[-1].weight *= 4
     return agent
 
 

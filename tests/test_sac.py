@@ -84,8 +84,8 @@ class PlainSAC:
     def q(
         self, critic: nn.Module, obs: Tensor, action: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = torch.cat([obs, action], dim=1)
-        return critic.q1(x).squeeze(1), critic.q2(x).squeeze(1)
+        q1, q2 = critic(obs, action)
+        return q1, q2
 
     def update(self, batch: tuple[Tensor, ...]) -> None:
         obs, next_obs, action, reward, terminated, *_ = batch
@@ -139,7 +139,7 @@ class TextbookSAC(PlainSAC):
         actor = self.actor
         mean, log_std = actor.net(obs)[:, :ACTION_DIM], actor.net(obs)[:, ACTION_DIM:]
         mean = 3 * torch.tanh(mean / 3)
-        std = torch.exp(-5 + 3.5 * (torch.tanh(log_std) + 1))
+        std = torch.exp(-1.5 + 3.5 * torch.tanh(log_std / 3.5))
         base = Independent(Normal(mean, std), 1)
         policy = TransformedDistribution(base, TanhTransform(cache_size=1))
         action = policy.rsample()
@@ -242,15 +242,38 @@ def test_networks_keep_batch_shapes():
         assert agent.critic(obs, action).shape == (2, *shape)
 
 
-def test_critic_agrees_with_its_two_halves():
+def half(critic: cup.SoftQNetwork, which: int, obs: Tensor, action: Tensor) -> float:
+    """Q1 or Q2 of one state and action, a layer at a time."""
+    x = torch.cat([obs, action])
+    for layer in critic.net:
+        if isinstance(layer, cup.TwinLinear):
+            x = x @ layer.weight[which] + layer.bias[which, 0]
+        else:
+            x = x.clamp(min=0)
+    return x.item()
+
+
+def test_critic_is_two_networks_side_by_side():
     agent = make_agent()
     obs, action = torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
     q = agent.critic(obs, action)
-    for i, network in enumerate((agent.critic.q1, agent.critic.q2)):
-        for b in range(BATCH):
-            alone = network(torch.cat([obs[b], action[b]])).item()
+    (first,) = agent.critic(obs, action, first_only=True)
+    for b in range(BATCH):
+        for i in range(2):
+            alone = half(agent.critic, i, obs[b], action[b])
             assert q[i, b].item() == pytest.approx(alone, abs=1e-5)
+        assert first[b].item() == pytest.approx(q[0, b].item(), abs=1e-5)
     assert (q[0] - q[1]).abs().min() > 1e-6  # they are not one and the same
+
+
+def test_twin_layers_start_as_linear_layers_do():
+    torch.manual_seed(1)
+    layer = cup.TwinLinear(100, 200)
+    bound = 100**-0.5
+    for parameter in (layer.weight, layer.bias):
+        assert parameter.abs().max() <= bound
+        uniform = bound / math.sqrt(3)  # its standard deviation
+        assert parameter.std().item() == pytest.approx(uniform, rel=0.1)
 
 
 def test_losses_against_a_loop_over_the_batch():
@@ -271,8 +294,7 @@ def test_losses_against_a_loop_over_the_batch():
         return torch.tensor(actions), log_prob
 
     def q(critic: nn.Module, state: Tensor, action: Tensor) -> tuple[float, float]:
-        x = torch.cat([state, action])
-        return critic.q1(x).item(), critic.q2(x).item()
+        return half(critic, 0, state, action), half(critic, 1, state, action)
 
     critic_loss = actor_loss = 0.0
     for b in range(BATCH):
@@ -365,6 +387,24 @@ def test_actor_bounds_are_soft():
     assert 1.5 < log_std.max() <= 2
     (mean.sum() + log_std.sum()).backward()
     assert (actor.net[-1].bias.grad != 0).all()
+
+
+def test_networks_see_standardised_observations():
+    """Mean 0 and standard deviation 1; dimensions that hardly move at most tenfold."""
+    agent = make_agent()
+    obs = torch.randn(500, OBS_DIM) * torch.linspace(0.5, 5, OBS_DIM) + 3
+    obs[:, 0], obs[:, 1] = 0, 7.0  # padding, and something that never moves
+    agent.standardize(obs)
+    for network in (agent.actor, agent.critic, agent.target_critic):
+        seen = network.standardize(obs)
+        assert (seen[:, :2].abs() < 1e-4).all()
+        assert seen[:, 2:].mean(dim=0).abs().max() < 1e-4
+        assert (seen[:, 2:].std(dim=0, correction=0) - 1).abs().max() < 1e-4
+    elsewhere = torch.zeros(2, OBS_DIM)
+    elsewhere[1, 0], elsewhere[1, 1] = 1.0, 1.0
+    seen = agent.actor.standardize(elsewhere)
+    assert seen[0, 0] == seen[1, 0] == 0  # a policy ignores what was always zero
+    assert (seen[1, 1] - seen[0, 1]).item() == pytest.approx(10, rel=1e-4)
 
 
 def test_update_moves_every_network_and_only_by_its_own_optimiser():
