@@ -1133,7 +1133,9 @@ def check(args: Args) -> Args:
     problems = {
         "--seed must be below 2**63": args.seed >= 2**63,
         "--threads must not exceed 1024": args.threads > 1024,
-        "--num-random-sources must not exceed 1000": args.num_random_sources > 1000,
+        "--num-random-sources and --num-guidance-samples must not exceed 1000": (
+            max(args.num_random_sources, args.num_guidance_samples) > 1000
+        ),
         "--utd-ratio must not exceed 1000": args.utd_ratio > 1000,
         "--policy-lr, --q-lr and --alpha-lr must not exceed 1": (
             max(args.policy_lr, args.q_lr, args.alpha_lr) > 1

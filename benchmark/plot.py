@@ -5,7 +5,8 @@
 
 transfer.csv gives figure2_success.png, figure2_return.png and the table; selection.csv
 gives figure3.png and figure3_all.png; figure4.csv, which --figure4 makes by playing one
-episode, gives figure4.png. Numbers are those of the paper's figures.
+episode, gives figure4.png. Numbers are those of the paper's figures. sources/<task>.csv,
+the metrics.csv of train_sources.py's runs, give sources.png.
 """
 
 import csv
@@ -29,6 +30,8 @@ import matplotlib.pyplot as plt
 
 TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")
 TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
+SOURCES = ("reach-v2", "push-v2", "pick-place-v2")
+SOURCES += ("drawer-close-v2", "push-wall-v2", "coffee-button-v2")
 METHODS = {"cup": ("CUP", "#0072B2", "-"), "sac": ("SAC", "#D55E00", "--")}
 # Okabe and Ito's colours, which the colour-blind can tell apart; green is the success
 COLOURS = {"reach-v2": "#56B4E9", "push-v2": "#E69F00", "pick-place-v2": "#CC79A7"}
@@ -123,17 +126,17 @@ def steps_axis(axes, horizon: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def sheet(title: str, ylabel: str):
+def sheet(title: str, ylabel: str, tasks: tuple[str, ...] = TASKS):
     """Six panels in the paper's order."""
     figure, panels = plt.subplots(2, 3, figsize=(10.5, 6), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    for task, axes in zip(TASKS, panels.flat, strict=True):
+    for task, axes in zip(tasks, panels.flat, strict=True):
         axes.set_title(task.removesuffix("-v2"), loc="left", fontsize=11)
     for axes in panels[:, 0]:
         axes.set_ylabel(ylabel)
     for axes in panels[1]:
         axes.set_xlabel("environment steps")
-    return figure, dict(zip(TASKS, panels.flat, strict=True))
+    return figure, dict(zip(tasks, panels.flat, strict=True))
 
 
 def finish(figure, handles: dict, path: Path) -> None:
@@ -389,21 +392,51 @@ def figure4(rows: list[dict[str, str]], path: Path) -> None:
     finish(figure, handles, path)
 
 
+# --------------------------------------- sources ---------------------------------------
+
+
+def draw_sources(directory: Path, path: Path) -> None:
+    """Success and return of the training of each source, a panel each."""
+    title = "Training of the source policies: success (left) and return (right)"
+    figure, panels = sheet(title, "success, %", SOURCES)
+    handles = {}
+    for task, axes in panels.items():
+        rows = read(directory / f"{task}.csv")
+        if not rows:
+            empty(axes)
+            continue
+        lines = [("eval/success_rate", axes, 100, GREEN, "success, mean action")]
+        lines += [("eval/return", axes.twinx(), 1, "#0072B2", "return, mean action")]
+        for column, side, scale, colour, label in lines:
+            points = [(int(r["step"]), number(r[column])) for r in rows if r[column]]
+            steps, values = np.array(points).T
+            style = {"color": colour, "marker": ".", "lw": 1.2}
+            (handles[label],) = side.plot(steps, scale * values, **style)
+            steps_axis(side, steps[-1])
+        axes.set_ylim(-3, 103)
+        side.set_ylim(0, None)
+        side.grid(False)
+        side.spines["right"].set_visible(True)
+    finish(figure, handles, path)
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     try:
         if args.figure4:
             play(args.figure4, args.episode_seed, args.dir / "figure4.csv")
-        evaluations = read(args.dir / "transfer.csv")
-        curves = {task: Curves(evaluations, task) for task in TASKS}
-        for what in ("success", "return"):
-            figure2(curves, what, args.dir / f"figure2_{what}.png")
-        draw_figure3(read(args.dir / "selection.csv"), args.dir)
+        draw_sources(args.dir / "sources", args.dir / "sources.png")
         if rows := read(args.dir / "figure4.csv"):
             figure4(rows, args.dir / "figure4.png")
-        text = table(curves)
-        (args.dir / "transfer.md").write_text(text + "\n")
-        print(text)
+        if rows := read(args.dir / "selection.csv"):
+            draw_figure3(rows, args.dir)
+        if rows := read(args.dir / "transfer.csv"):
+            curves = {task: Curves(rows, task) for task in TASKS}
+            for what in ("success", "return"):
+                figure2(curves, what, args.dir / f"figure2_{what}.png")
+            text = table(curves)
+            (args.dir / "transfer.md").write_text(text + "\n")
+            print(text)
     except (UserError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -207,6 +207,24 @@ def test_resume_of_a_finished_run(pendulum, tmp_path):
     assert "finished 1,040 steps" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--resume", ""], "has no checkpoint.pt"),
+        (["--resume", "nowhere"], "nowhere has no checkpoint.pt"),
+        (["--resume", "{run}", "--run-dir", "other"], "leave --run-dir out"),
+        (["--resume", "{run}", "--seed", "9"], "was started with --seed 1, not 9"),
+    ],
+)
+def test_resume_of_something_else(pendulum, tmp_path, arguments, sentence):
+    arguments = [word.format(run=pendulum[0]) for word in arguments]
+    result = run_cup(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 # --------------------------------------- --evaluate -------------------------------------
 
 
@@ -383,7 +401,10 @@ def test_bad_input_in_a_process_of_its_own(typed, bad_files):
     + [({"tau": value}, "--tau must be between") for value in (-0.1, 1.1, math.nan)]
     + [({"hidden_sizes": sizes}, "--hidden-sizes") for sizes in [(), (0,), (8, -8)]]
     + [({"source_log_std_min": value}, "--source-log-std") for value in (2, math.nan)]
-    + [({"num_envs": 5001}, "--num-envs must not exceed --learning-starts")]
+    + [({"num_envs": 5000}, "--num-envs must be below --learning-starts")]
+    + [({"num_random_sources": 10**9}, "--num-random-sources and --num-guidance")]
+    + [({"num_guidance_samples": 10**9}, "--num-random-sources and --num-guidance")]
+    + [({"policy_lr": 1e300}, "--policy-lr, --q-lr and --alpha-lr")]
     + [({"seed": 2**64}, "--seed")],
 )
 def test_numbers_that_make_no_sense(change, sentence):
