@@ -9,6 +9,7 @@ skipped and unfinished ones go on where they stopped, so stop it and start it as
 """
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ class Args:
     target_success: float = 0.95
     """success rate, with the mean action, that ends a task's training"""
     patience: int = 2
-    """evaluations in a row, of 16 episodes each, that must reach the target"""
+    """evaluations in a row, of 16 episodes each, that must reach the target on average"""
     test_episodes: int = 50
     """fresh goals on which a policy must then reach the target to be finished"""
     sources: tuple[str, ...] = ()
@@ -104,23 +105,21 @@ class Task:
     def watch(self) -> bool:
         """Look after the run; True once there is nothing more to do for this task."""
         rows = self.evaluations()
-        recent = [
-            float(row["eval/success_rate"]) for row in rows[-self.args.patience :]
-        ]
+        recent = [float(r["eval/success_rate"]) for r in rows[-self.args.patience :]]
         ready = len(recent) == self.args.patience
-        ready = ready and min(recent) >= self.args.target_success
+        ready = ready and sum(recent) / len(recent) >= self.args.target_success
         ended = self.process.poll() is not None
         if ended and self.process.returncode != 0:
             raise SystemExit(f"{self.env_id}: {self.process.stderr.read().strip()}")
         if ended or (ready and int(rows[-1]["step"]) > self.tested_at):
             self.tested_at = int(rows[-1]["step"])
-            if self.test(ship_anyway=ended):
+            if self.test(last=ended):
                 self.stop()
                 return True
         return ended
 
-    def test(self, ship_anyway: bool) -> bool:
-        """Score the latest policy on fresh goals; ship it if it reaches the target."""
+    def test(self, last: bool) -> bool:
+        """Score the latest policy on fresh goals; ship the best so far if it will do."""
         actor = cup.load_policy(self.run_dir / "policy.pt")
         episodes, about = self.args.test_episodes, {**actor.about}
         with closing(cup.VectorEnv(self.env_id, 4, self.args.seed, 2)) as envs:
@@ -132,14 +131,20 @@ class Task:
         about["sampled_success_rate"] = sampled["success"].mean().item()
         about["eval_episodes"] = episodes
         about["sources"] = [Path(source).stem for source in self.args.sources]
+        del about["actor"]
+        self.line += f", tested: {about['success_rate']:.0%} of {episodes} fresh goals"
+        best = self.run_dir / "best.pt"
+        before = cup.load_policy(best).about["success_rate"] if best.exists() else -1
+        if about["success_rate"] > before:
+            cup.save(cup.policy_file(actor, **about), best)
         finished = about["success_rate"] >= self.args.target_success
-        if finished or ship_anyway:
-            del about["actor"]
+        if finished or last:
             self.policy.parent.mkdir(parents=True, exist_ok=True)
-            cup.save(cup.policy_file(actor, **about), self.policy)
-            self.line = f"wrote {self.policy}"
-        self.line += f": success {about['success_rate']:.0%} on {episodes} fresh goals"
-        self.line += f" ({about['sampled_success_rate']:.0%} with sampled actions)"
+            shutil.copy(best, self.policy)
+            about = cup.load_policy(best).about
+            self.line = f"wrote {self.policy}: success {about['success_rate']:.0%} on "
+            self.line += f"{episodes} fresh goals, with sampled actions "
+            self.line += f"{about['sampled_success_rate']:.0%}"
         return finished
 
 
