@@ -121,7 +121,10 @@ def empty(axes) -> None:
 
 def steps_axis(axes, horizon: float) -> None:
     axes.set_xlim(0, horizon)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.3g}k")
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter(
+        lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1000:g}k"
+    )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
