@@ -29,10 +29,6 @@ import signal
 import sys
 import time
 import zipfile
-
-if __name__ == "__main__":  # Ctrl-C while PyTorch loads: just end
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,6 +36,9 @@ from datetime import timedelta
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch loads: just end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gymnasium as gym
 import metaworld
@@ -352,11 +351,11 @@ class Actor(nn.Module):
         low = torch.tensor([-mean_bound, log_std_min]).repeat_interleave(action_dim)
         high = torch.tensor([mean_bound, log_std_max]).repeat_interleave(action_dim)
         self.register_buffer("center", (low + high) / 2, persistent=False)
-        self.register_buffer("reach", (high - low) / 2, persistent=False)
+        self.register_buffer("half_range", (high - low) / 2, persistent=False)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         x = self.net(self.standardize(obs))
-        bounded = self.center + self.reach * torch.tanh(x / self.reach)
+        bounded = self.center + self.half_range * torch.tanh(x / self.half_range)
         return bounded.chunk(2, dim=-1)
 
 
@@ -373,7 +372,7 @@ class TwinLinear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias[None] for layer in layers]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
+        if len(x) == 1:  # to slice always would cost a copy of the gradients
             return torch.baddbmm(self.bias[:1], x, self.weight[:1])
         return torch.baddbmm(self.bias, x, self.weight)
 
@@ -661,7 +660,8 @@ def build_actor(content: dict) -> Actor:
     """The frozen actor of a policy file's content, which stays with it as `about`."""
     actor = Actor(**content["actor"])
     actor.load_state_dict(content["weights"])
-    actor.about = {name: content[name] for name in content if name != "weights"}
+    about = [name for name in content if name not in ("actor", "weights")]
+    actor.about = {name: content[name] for name in about}
     return actor.requires_grad_(False)
 
 
@@ -770,10 +770,9 @@ class Run:
         versions |= {package: version(package) for package in packages}
         about = json.dumps({"args": asdict(args), "versions": versions}, indent=2)
         (self.dir / "args.json").write_text(about + "\n")
-        columns = (
-            "step time/seconds time/steps_per_second train/return train/success_rate"
-        )
-        columns += " eval/return eval/success_rate loss/critic loss/actor loss/kl alpha"
+        columns = "step time/seconds time/steps_per_second"
+        columns += " train/return train/success_rate eval/success_rate"
+        columns += " loss/critic loss/actor loss/kl alpha"
         if sources:
             columns += " guidance/weight guidance/kl"
         columns = columns.split()
@@ -983,9 +982,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             # ---- act; the environments then step while the networks learn
             with torch.no_grad():
                 if step < args.learning_starts:
-                    action = (
-                        torch.rand(args.num_envs, action_dim, device=device) * 2 - 1
-                    )
+                    shape = args.num_envs, action_dim
+                    action = 2 * torch.rand(shape, device=device) - 1
                 else:
                     mean, log_std = agent.actor(obs)
                     action, _ = squash(mean, log_std, torch.randn_like(mean))
@@ -994,9 +992,9 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             envs.send("step", numpy_action)
 
             # ---- learn
-            before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-            if step < args.learning_starts <= step + args.num_envs:
+            if step < args.learning_starts <= step + args.num_envs:  # once
                 agent.standardize(buffer.rows[: buffer.size, :obs_dim])
+            before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
             step += args.num_envs
             after = int(max(step - args.learning_starts, 0) * args.utd_ratio)
             for _ in range(after - before):
@@ -1121,15 +1119,13 @@ def check(args: Args) -> Args:
     positive = "total_timesteps num_envs buffer_size batch_size learning_starts threads"
     positive += " policy_lr q_lr alpha_lr init_alpha num_guidance_samples eval_episodes"
     positive += " source_mean_bound log_interval eval_interval checkpoint_interval"
-    for name in positive.split():
-        if not 0 < getattr(args, name) < math.inf:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be positive, not {getattr(args, name)}")
     not_negative = "seed utd_ratio beta1 beta2 num_random_sources guidance_starts"
-    for name in not_negative.split():
-        if not 0 <= getattr(args, name) < math.inf:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must not be negative, not {getattr(args, name)}")
+    for names, words in ((positive, "be positive"), (not_negative, "not be negative")):
+        for name in names.split():
+            value, flag = getattr(args, name), name.replace("_", "-")
+            if not 0 <= value < math.inf or (value == 0 and names is positive):
+                raise UserError(f"--{flag} must {words}, not {value}")
+    log_std_min = args.source_log_std_min
     problems = {
         "--seed must be below 2**63": args.seed >= 2**63,
         "--threads must not exceed 1024": args.threads > 1024,
@@ -1142,11 +1138,11 @@ def check(args: Args) -> Args:
         ),
         "--gamma must be between 0 and 1": not 0 <= args.gamma <= 1,
         "--tau must be between 0 and 1": not 0 <= args.tau <= 1,
-        "--source-log-std-min must be a number below 2": not args.source_log_std_min
-        < 2,
+        "--source-log-std-min must be a number below 2": not log_std_min < 2,
         "--hidden-sizes must be positive": min(args.hidden_sizes, default=0) < 1,
-        "--batch-size must not exceed --buffer-size": args.batch_size
-        > args.buffer_size,
+        "--batch-size must not exceed --buffer-size": (
+            args.batch_size > args.buffer_size
+        ),
         "--num-envs must be below --learning-starts": (
             args.num_envs >= args.learning_starts
         ),

@@ -9,7 +9,6 @@ skipped and unfinished ones go on where they stopped, so stop it and start it as
 """
 
 import csv
-import shutil
 import signal
 import subprocess
 import sys
@@ -131,7 +130,6 @@ class Task:
         about["sampled_success_rate"] = sampled["success"].mean().item()
         about["eval_episodes"] = episodes
         about["sources"] = [Path(source).stem for source in self.args.sources]
-        del about["actor"]
         self.line += f", tested: {about['success_rate']:.0%} of {episodes} fresh goals"
         best = self.run_dir / "best.pt"
         before = cup.load_policy(best).about["success_rate"] if best.exists() else -1
@@ -140,8 +138,9 @@ class Task:
         finished = about["success_rate"] >= self.args.target_success
         if finished or last:
             self.policy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(best, self.policy)
-            about = cup.load_policy(best).about
+            actor = cup.load_policy(best)
+            about = actor.about
+            cup.save(cup.policy_file(actor, **about), self.policy)
             self.line = f"wrote {self.policy}: success {about['success_rate']:.0%} on "
             self.line += f"{episodes} fresh goals, with sampled actions "
             self.line += f"{about['sampled_success_rate']:.0%}"
