@@ -771,8 +771,8 @@ class Run:
         about = json.dumps({"args": asdict(args), "versions": versions}, indent=2)
         (self.dir / "args.json").write_text(about + "\n")
         columns = "step time/seconds time/steps_per_second"
-        columns += " train/return train/success_rate eval/success_rate"
-        columns += " loss/critic loss/actor loss/kl alpha"
+        columns += " train/return train/success_rate"
+        columns += " eval/return eval/success_rate loss/critic loss/actor loss/kl alpha"
         if sources:
             columns += " guidance/weight guidance/kl"
         columns = columns.split()
