@@ -261,7 +261,9 @@ FLAGS = FLAGS.split()
 SMALL_ONLY = {"total-timesteps", "utd-ratio", "num-envs", "eval-episodes", "threads"}
 # ... and these let a run start more often than not, however it then ends
 SENSIBLE = {flag: ["1", "3", "0.9"] for flag in FLAGS}
-SENSIBLE |= {flag: ["1e-3", "0.5"] for flag in ("policy-lr", "q-lr", "alpha-lr", "beta2", "tau")}
+SENSIBLE |= {
+    flag: ["1e-3", "0.5"] for flag in ("policy-lr", "q-lr", "alpha-lr", "beta2", "tau")
+}
 SENSIBLE |= {flag: ["1", "3", "4", "5"] for flag in ("num-envs", "learning-starts")}
 SENSIBLE |= {"total-timesteps": ["13", "16"], "hidden-sizes": ["4", "16"]}
 SENSIBLE |= {"source-log-std-min": ["-3", "0.5"], "gamma": ["0", "0.9", "1"]}
