@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")
 TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
 SOURCES = ("reach-v2", "push-v2", "pick-place-v2")
-TUNED = ("beta1", "beta2", "num_guidance_samples", "soft_advantage")
+TUNED = ("sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage")
 TUNED += ("source_mean_bound", "source_log_std_min", "guidance_starts")
 TUNED += ("num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr", "init_alpha")
 SELECTION = ("selected", "advantage", "success_rate")
@@ -351,6 +351,8 @@ def collect(args: Args) -> None:
         about = {"env_id": env_id, "method": method, "seed": seed}
         if tag:
             settings = json.loads((path / "args.json").read_text())["args"]
+            names = " ".join(Path(source).stem for source in settings["sources"])
+            settings["sources"] = names
             about |= {"tag": tag[0]} | {name: settings[name] for name in TUNED}
         rows = read_metrics(path)
         for row in rows:

@@ -113,8 +113,9 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
     write_run(runs / "x-v2__sac__1", [row(20, **{"eval/success_rate": ""})])
     tuned = ["beta1", "beta2", "num_guidance_samples", "soft_advantage"]
     tuned += ["source_mean_bound", "source_log_std_min", "guidance_starts"]
-    tuned += ["num_envs", "utd_ratio", "batch_size", "init_alpha"]
-    write_run(runs / "x-v2__cup__1__b", [row(20)], **dict.fromkeys(tuned, 5))
+    tuned += ["num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr", "init_alpha"]
+    settings = dict.fromkeys(tuned, 5) | {"sources": ["/here/a.pt", "there/b.pt"]}
+    write_run(runs / "x-v2__cup__1__b", [row(20)], **settings)
     header = "env_id,method,seed,step,success_rate,return"
     kept = "w-v2,cup,1,5,0.5,1"
     stale = "x-v2,sac,1,5,0.5,1"
@@ -133,7 +134,7 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
         assert lines[1] == "x-v2,10,2000,a,0.25,-1.5,1"
         assert lines[2] == "x-v2,10,2000,target,0.75,0,1"
         lines = (out / "tuning.csv").read_text().splitlines()
-        assert lines[1] == "b,x-v2,cup,1," + "5," * len(tuned) + "20,1,1"
+        assert lines[1] == "b,x-v2,cup,1,a b," + "5," * len(tuned) + "20,1,1"
 
 
 def test_status_tells_done_stopped_running_and_waiting(transfer, tmp_path):
