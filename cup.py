@@ -76,23 +76,23 @@ class Args:
     """seed of everything random: networks, exploration, minibatches, goals"""
     total_timesteps: int = 1_000_000
     """environment steps, all environments together"""
-    num_envs: int = 4
+    num_envs: int = 16
     """environments that step side by side, while the gradient update runs"""
     buffer_size: int = 1_000_000
     """capacity of the replay buffer D, in transitions"""
-    batch_size: int = 256
+    batch_size: int = 512
     """minibatch size of every gradient update"""
-    learning_starts: int = 5_000
+    learning_starts: int = 8_000
     """environment steps with uniformly random actions before the first update"""
-    utd_ratio: float = 0.25
+    utd_ratio: float = 0.0625
     """gradient updates per environment step"""
     gamma: float = 0.99
     """discount factor, gamma in Eq. 1"""
     tau: float = 0.005
     """step of the target critic towards the critic, tau in Alg. 1"""
-    policy_lr: float = 3e-4
+    policy_lr: float = 5e-4
     """learning rate of the actor, lambda_pi in Alg. 1"""
-    q_lr: float = 3e-4
+    q_lr: float = 5e-4
     """learning rate of the critics, lambda_theta in Alg. 1"""
     alpha_lr: float = 3e-4
     """learning rate of the entropy weight, lambda_alpha in Alg. 1"""
@@ -107,7 +107,7 @@ class Args:
     """policy files pi_1 ... pi_n to reuse; nothing after the flag: none, which is SAC"""
     num_random_sources: int = 0
     """untrained policies added to the sources (paper, Section 4.3.3)"""
-    beta1: float = 10.0
+    beta1: float = 1.0
     """weight of the guidance KL, beta_1 in Eq. 12"""
     beta2: float = 3e-3
     """cap on the advantage in that weight, as a fraction of |V|: beta_2 in Eq. 12"""
@@ -119,7 +119,7 @@ class Args:
     """sources' pre-tanh means are clipped to plus or minus this (see query_sources)"""
     source_log_std_min: float = -1.5
     """sources' log standard deviations are raised to at least this (see query_sources)"""
-    guidance_starts: int = 5_000
+    guidance_starts: int = 8_000
     """environment steps before the guidance begins"""
 
     log_interval: int = 1_000
@@ -360,10 +360,7 @@ class Actor(nn.Module):
 
 
 class TwinLinear(nn.Module):
-    """Two linear layers side by side, x (2, batch, fan_in) -> (2, batch, fan_out).
-
-    Given x (1, batch, fan_in), the first of the two alone.
-    """
+    """Two linear layers side by side, x (2, batch, fan_in) -> (2, batch, fan_out)."""
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
@@ -372,26 +369,21 @@ class TwinLinear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias[None] for layer in layers]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1:  # to slice always would cost a copy of the gradients
-            return torch.baddbmm(self.bias[:1], x, self.weight[:1])
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 class SoftQNetwork(nn.Module):
-    """Twin critic: obs (..., obs_dim), action (..., action_dim) -> Q1, Q2 as (2, ...).
-
-    With first_only, Q1 alone as (1, ...), at half the price.
-    """
+    """Twin critic: obs (..., obs_dim), action (..., action_dim) -> Q1, Q2 as (2, ...)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: Sequence[int]):
         super().__init__()
         self.standardize = Standardize(obs_dim)
         self.net = mlp(obs_dim + action_dim, *hidden_sizes, 1, layer=TwinLinear)
 
-    def forward(self, obs: Tensor, action: Tensor, first_only: bool = False) -> Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.standardize(obs), action], dim=-1)
-        twins = x.reshape(-1, x.shape[-1]).expand(1 if first_only else 2, -1, -1)
-        return self.net(twins).view(len(twins), *x.shape[:-1])
+        twins = x.reshape(-1, x.shape[-1]).expand(2, -1, -1)
+        return self.net(twins).view(2, *x.shape[:-1])
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -563,9 +555,9 @@ class Agent:
         samples = args.num_guidance_samples if guide else 1
         mean, log_std = self.actor(obs)
         noise = torch.randn(samples, *mean.shape, device=mean.device)
-        action, log_prob = squash(mean, log_std, noise)  # log_prob: (samples, batch)
-        q = self.critic(obs.expand(samples, -1, -1), action)  # (2, samples, batch)
-        actor_loss = (alpha * log_prob - q.amin(dim=0)).mean()
+        action, log_prob = squash(mean, log_std, noise)
+        q = self.critic(obs.expand(samples, -1, -1), action).amin(dim=0)
+        actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
         info["alpha"] = alpha
 
@@ -576,10 +568,10 @@ class Agent:
                 source = squash(source_mean, source_log_std, noise.unsqueeze(2))
                 source_action, source_log_prob = source  # (samples, batch, n, ...)
                 source_obs = obs.unsqueeze(1).expand(*source_action.shape[:3], -1)
-                # one critic judges all: no twin minimum, that is against bias in TD targets
-                (source_q,) = self.critic(source_obs, source_action, first_only=True)
+                # the Q that the actor climbs; where the twins disagree, it is in doubt
+                source_q = self.critic(source_obs, source_action).amin(dim=0)
                 advantage, value = expected_advantage(  # Eq. 4
-                    torch.cat([source_q, q[0].unsqueeze(2)], dim=2),
+                    torch.cat([source_q, q.unsqueeze(2)], dim=2),
                     torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2),
                     alpha if args.soft_advantage else 0.0,
                 )

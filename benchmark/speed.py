@@ -65,6 +65,7 @@ def run_cup(args: Args, num_sources: int) -> float:
             "env-id": TASK,
             "num-envs": 1,
             "utd-ratio": 1,
+            "batch-size": 256,
             "num-random-sources": num_sources,
             "learning-starts": start,
             "guidance-starts": start,

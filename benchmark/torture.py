@@ -445,6 +445,7 @@ def longrun(directory: Path, total: int, env_id: str) -> dict:
     """Watch a run from outside. The buffer is full after a tenth of the steps."""
     run_dir = directory / "run"
     arguments = ["--env-id", env_id, "--sources", "--num-random-sources", "3"]
+    arguments += ["--num-envs", "4", "--utd-ratio", "0.25", "--batch-size", "256"]
     arguments += ["--total-timesteps", total, "--buffer-size", total // 10]
     arguments += ["--log-interval", total // 200, "--eval-interval", total // 10]
     arguments += ["--learning-starts", min(5000, total // 20), "--threads", "1"]
