@@ -338,8 +338,8 @@ def guidance_by_hand(
                     action.append(math.tanh(m[d] + math.exp(l[d]) * eps[d]))
                     log_prob -= eps[d] ** 2 / 2 + l[d] + math.log(2 * math.pi) / 2
                     log_prob -= math.log(1 - action[d] ** 2)
-                q1, _ = agent.critic(obs[b : b + 1], torch.tensor([action]))
-                total += q1.item() - alpha * log_prob
+                twins = agent.critic(obs[b : b + 1], torch.tensor([action]))
+                total += min(twins.flatten().tolist()) - alpha * log_prob
             soft_values.append(total / len(noise))
         value = soft_values[-1]
         advantage = [v - value for v in soft_values]
