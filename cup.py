@@ -76,23 +76,23 @@ class Args:
     """seed of everything random: networks, exploration, minibatches, goals"""
     total_timesteps: int = 1_000_000
     """environment steps, all environments together"""
-    num_envs: int = 16
+    num_envs: int = 4
     """environments that step side by side, while the gradient update runs"""
     buffer_size: int = 1_000_000
     """capacity of the replay buffer D, in transitions"""
-    batch_size: int = 512
+    batch_size: int = 256
     """minibatch size of every gradient update"""
-    learning_starts: int = 8_000
+    learning_starts: int = 5_000
     """environment steps with uniformly random actions before the first update"""
-    utd_ratio: float = 0.0625
+    utd_ratio: float = 0.25
     """gradient updates per environment step"""
     gamma: float = 0.99
     """discount factor, gamma in Eq. 1"""
     tau: float = 0.005
     """step of the target critic towards the critic, tau in Alg. 1"""
-    policy_lr: float = 5e-4
+    policy_lr: float = 3e-4
     """learning rate of the actor, lambda_pi in Alg. 1"""
-    q_lr: float = 5e-4
+    q_lr: float = 3e-4
     """learning rate of the critics, lambda_theta in Alg. 1"""
     alpha_lr: float = 3e-4
     """learning rate of the entropy weight, lambda_alpha in Alg. 1"""
@@ -119,7 +119,7 @@ class Args:
     """sources' pre-tanh means are clipped to plus or minus this (see query_sources)"""
     source_log_std_min: float = -1.5
     """sources' log standard deviations are raised to at least this (see query_sources)"""
-    guidance_starts: int = 8_000
+    guidance_starts: int = 5_000
     """environment steps before the guidance begins"""
 
     log_interval: int = 1_000

@@ -23,7 +23,11 @@ import tyro
 import cup
 
 HERE = Path(__file__).parent
-SETTINGS = "--eval-interval 50000 --eval-episodes 16 --threads 1 --no-cuda"
+# Many environments and few, larger updates: from scratch, what limits learning is how
+# much of the task has been seen, and a step of an environment is cheaper than an update.
+SETTINGS = "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --learning-starts 8000 "
+SETTINGS += "--policy-lr 5e-4 --q-lr 5e-4 --eval-interval 50000 --eval-episodes 16 "
+SETTINGS += "--threads 1 --no-cuda"
 
 
 @dataclass
