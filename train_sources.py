@@ -23,11 +23,14 @@ import tyro
 import cup
 
 HERE = Path(__file__).parent
-# Many environments and few, larger updates: from scratch, what limits learning is how
-# much of the task has been seen, and a step of an environment is cheaper than an update.
-SETTINGS = "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --learning-starts 8000 "
-SETTINGS += "--policy-lr 5e-4 --q-lr 5e-4 --eval-interval 50000 --eval-episodes 16 "
-SETTINGS += "--threads 1 --no-cuda"
+SETTINGS = "--eval-episodes 16 --threads 1 --no-cuda"
+# From scratch, what limits learning is how much of the task has been seen, and a step of
+# an environment is cheaper than an update: many environments and few, larger updates.
+# Guidance acts in the updates: with --sources, cup.py's own settings learn faster.
+FROM_SCRATCH = (
+    "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --eval-interval 50000 "
+)
+FROM_SCRATCH += "--learning-starts 8000 --policy-lr 5e-4 --q-lr 5e-4"
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Args:
     patience: int = 2
     """evaluations in a row, of 16 episodes each, that must reach the target on average"""
     test_episodes: int = 50
-    """fresh goals on which a policy must then reach the target to be finished"""
+    """fresh goals on which a policy must then reach the target, twice, to be finished"""
     sources: tuple[str, ...] = ()
     """policy files to learn from by CUP; none: plain SAC"""
     output_dir: str = str(HERE / "sources")
@@ -75,6 +78,7 @@ class Task:
             command += ["--env-id", self.env_id, "--seed", str(self.args.seed)]
             command += ["--run-dir", str(self.run_dir), *SETTINGS.split()]
             command += ["--sources", *self.args.sources]
+            command += [] if self.args.sources else FROM_SCRATCH.split()
         command += ["--total-timesteps", str(self.args.total_timesteps)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         # a session of its own: Ctrl-C reaches this script, which then stops its runs
@@ -120,22 +124,18 @@ class Task:
     def test(self, last: bool) -> bool:
         """Score the latest policy on fresh goals; ship the best so far if it will do."""
         actor = cup.load_policy(self.run_dir / "policy.pt")
-        episodes, about = self.args.test_episodes, {**actor.about}
-        with closing(cup.VectorEnv(self.env_id, 4, self.args.seed, 2)) as envs:
-            step = about["step"]  # new goals for every test: no second try on the same
-            mean = cup.evaluate(actor, envs, episodes, step)
-            sampled = cup.evaluate(actor, envs, episodes, step, sample=True)
-        about["success_rate"] = mean["success"].mean().item()
-        about["return"] = mean["return"].mean().item()
-        about["sampled_success_rate"] = sampled["success"].mean().item()
-        about["eval_episodes"] = episodes
+        target, episodes = self.args.target_success, self.args.test_episodes
+        goals = actor.about["step"]  # new ones for every test
+        about = actor.about | self.score(actor, goals)
+        if about["success_rate"] >= target:  # by luck? other goals will tell
+            about |= self.score(actor, goals + episodes)
         about["sources"] = [Path(source).stem for source in self.args.sources]
         self.line += f", tested: {about['success_rate']:.0%} of {episodes} fresh goals"
         best = self.run_dir / "best.pt"
         before = cup.load_policy(best).about["success_rate"] if best.exists() else -1
         if about["success_rate"] > before:
             cup.save(cup.policy_file(actor, **about), best)
-        finished = about["success_rate"] >= self.args.target_success
+        finished = about["success_rate"] >= target
         if finished or last:
             self.policy.parent.mkdir(parents=True, exist_ok=True)
             actor = cup.load_policy(best)
@@ -145,6 +145,17 @@ class Task:
             self.line += f"{episodes} fresh goals, with sampled actions "
             self.line += f"{about['sampled_success_rate']:.0%}"
         return finished
+
+    def score(self, actor: cup.Actor, goals: int) -> dict[str, float]:
+        """Mean and sampled actions on the episodes from number `goals` on."""
+        episodes = self.args.test_episodes
+        with closing(cup.VectorEnv(self.env_id, 4, self.args.seed, 2)) as envs:
+            mean = cup.evaluate(actor, envs, episodes, goals)
+            sampled = cup.evaluate(actor, envs, episodes, goals, sample=True)
+        result = {"success_rate": mean["success"], "return": mean["return"]}
+        result["sampled_success_rate"] = sampled["success"]
+        result = {name: values.mean().item() for name, values in result.items()}
+        return result | {"eval_episodes": episodes}
 
 
 def show(tasks: list[Task], again: bool) -> None:

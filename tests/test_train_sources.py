@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import cup
+import train_sources as script
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +47,36 @@ def test_what_is_finished_is_skipped(trained):
     assert result.returncode == 0, result.stderr
     assert "finished: out/reach-v2.pt" in result.stdout
     assert (trained / "out/reach-v2.pt").read_bytes() == before
+
+
+def test_a_policy_that_passes_by_luck_is_not_shipped(tmp_path, monkeypatch):
+    """The first of many policies to pass a test is often a lucky one: it has a second."""
+    directories = {"output_dir": tmp_path / "out", "runs_dir": tmp_path}
+    task = script.Task(script.Args(target_success=0.9, **directories), "reach-v2")
+    task.run_dir.mkdir()
+    asked = []
+
+    def score(actor, goals):
+        asked.append(goals)
+        return {"success_rate": results.pop(0), "sampled_success_rate": 0.0}
+
+    def test_at(step):
+        actor = cup.policy_file(cup.Actor(39, 4, (8,)), step=step)
+        cup.save(actor, task.run_dir / "policy.pt")
+        return task.test(last=False)
+
+    monkeypatch.setattr(task, "score", score)
+    results = [0.8]
+    assert not test_at(100)
+    results = [0.96, 0.88]
+    assert not test_at(200)
+    assert not task.policy.exists()
+    results = [0.92, 0.94]
+    assert test_at(300)
+    assert asked == [100, 200, 250, 300, 350]  # 50 goals each, no goal twice
+    assert cup.load_policy(task.policy).about["step"] == 300
+    # of the second test: the first was passed to get there
+    assert cup.load_policy(task.policy).about["success_rate"] == 0.94
 
 
 def test_an_unknown_task_is_a_sentence(tmp_path):
