@@ -39,7 +39,8 @@ TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
 SOURCES = ("reach-v2", "push-v2", "pick-place-v2")
 TUNED = ("sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage")
 TUNED += ("source_mean_bound", "source_log_std_min", "guidance_starts")
-TUNED += ("num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr", "init_alpha")
+TUNED += ("num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr")
+TUNED += ("alpha_lr", "init_alpha")
 SELECTION = ("selected", "advantage", "success_rate")
 MAX_POINTS = 150  # of each candidate's curve in selection.csv
 

@@ -113,7 +113,8 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
     write_run(runs / "x-v2__sac__1", [row(20, **{"eval/success_rate": ""})])
     tuned = ["beta1", "beta2", "num_guidance_samples", "soft_advantage"]
     tuned += ["source_mean_bound", "source_log_std_min", "guidance_starts"]
-    tuned += ["num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr", "init_alpha"]
+    tuned += ["num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr"]
+    tuned += ["alpha_lr", "init_alpha"]
     settings = dict.fromkeys(tuned, 5) | {"sources": ["/here/a.pt", "there/b.pt"]}
     write_run(runs / "x-v2__cup__1__b", [row(20)], **settings)
     header = "env_id,method,seed,step,success_rate,return"
