@@ -652,8 +652,7 @@ def build_actor(content: dict) -> Actor:
     """The frozen actor of a policy file's content, which stays with it as `about`."""
     actor = Actor(**content["actor"])
     actor.load_state_dict(content["weights"])
-    about = [name for name in content if name not in ("actor", "weights")]
-    actor.about = {name: content[name] for name in about}
+    actor.about = {n: v for n, v in content.items() if n not in ("actor", "weights")}
     return actor.requires_grad_(False)
 
 

@@ -408,18 +408,24 @@ def draw_sources(directory: Path, path: Path) -> None:
         if not rows:
             empty(axes)
             continue
-        lines = [("eval/success_rate", axes, 100, GREEN, "success, mean action")]
-        lines += [("eval/return", axes.twinx(), 1, "#0072B2", "return, mean action")]
-        for column, side, scale, colour, label in lines:
-            points = [(int(r["step"]), number(r[column])) for r in rows if r[column]]
+        success, score, right = "eval/success_rate", "eval/return", axes.twinx()
+        lines = [(rows, success, axes, 100, GREEN, ".-", "success, mean action")]
+        lines += [(rows, score, right, 1, "#0072B2", ".-", "return, mean action")]
+        if sac := read(directory / f"{task}-sac.csv"):  # what CUP is compared with
+            lines += [(sac, success, axes, 100, GREEN, ".:", "success of plain SAC")]
+            lines += [(sac, score, right, 1, "#0072B2", ".:", "return of plain SAC")]
+        for curve, column, side, scale, colour, style, label in lines:
+            points = [(int(r["step"]), number(r[column])) for r in curve if r[column]]
             steps, values = np.array(points).T
-            style = {"color": colour, "marker": ".", "lw": 1.2}
-            (handles[label],) = side.plot(steps, scale * values, **style)
-            steps_axis(side, steps[-1])
+            (handles[label],) = side.plot(
+                steps, scale * values, style, color=colour, lw=1.2
+            )
+        steps_axis(axes, int(rows[-1]["step"]))
+        steps_axis(right, int(rows[-1]["step"]))
         axes.set_ylim(-3, 103)
-        side.set_ylim(0, None)
-        side.grid(False)
-        side.spines["right"].set_visible(True)
+        right.set_ylim(0, None)
+        right.grid(False)
+        right.spines["right"].set_visible(True)
     finish(figure, handles, path)
 
 
