@@ -97,7 +97,7 @@ class Args:
     alpha_lr: float = 3e-4
     """learning rate of the entropy weight, lambda_alpha in Alg. 1"""
     init_alpha: float = 0.1
-    """initial entropy weight alpha, Eq. 2; 1 would rule the advantages for 10,000 updates"""
+    """initial entropy weight alpha, Eq. 2; 1 would rule the losses for 10,000 updates"""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """hidden layers of the actor and of each critic"""
 

@@ -27,10 +27,9 @@ SETTINGS = "--eval-episodes 16 --threads 1 --no-cuda"
 # From scratch, what limits learning is how much of the task has been seen, and a step of
 # an environment is cheaper than an update: many environments and few, larger updates.
 # Guidance acts in the updates: with --sources, cup.py's own settings learn faster.
-FROM_SCRATCH = (
-    "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --eval-interval 50000 "
-)
-FROM_SCRATCH += "--learning-starts 8000 --policy-lr 5e-4 --q-lr 5e-4"
+FROM_SCRATCH = "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 "
+FROM_SCRATCH += "--learning-starts 8000 --policy-lr 5e-4 --q-lr 5e-4 "
+FROM_SCRATCH += "--eval-interval 50000"
 
 
 @dataclass
@@ -160,15 +159,12 @@ class Task:
 
 def show(tasks: list[Task], again: bool) -> None:
     """One line a task, drawn over the last ones on a terminal."""
-    if again and sys.stdout.isatty():
+    terminal = sys.stdout.isatty()
+    if again and terminal:
         print(f"\033[{len(tasks)}F", end="")
+    clear = "\033[K" if terminal else ""
     for task in tasks:
-        print(
-            f"\033[K{task.env_id:20} {task.line}"
-            if sys.stdout.isatty()
-            else f"{task.env_id:20} {task.line}",
-            flush=True,
-        )
+        print(f"{clear}{task.env_id:20} {task.line}", flush=True)
 
 
 def main() -> None:

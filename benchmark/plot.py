@@ -420,8 +420,8 @@ def draw_sources(directory: Path, path: Path) -> None:
             (handles[label],) = side.plot(
                 steps, scale * values, style, color=colour, lw=1.2
             )
-        steps_axis(axes, int(rows[-1]["step"]))
-        steps_axis(right, int(rows[-1]["step"]))
+        for side in (axes, right):
+            steps_axis(side, int(rows[-1]["step"]))
         axes.set_ylim(-3, 103)
         right.set_ylim(0, None)
         right.grid(False)
