@@ -107,9 +107,9 @@ class Args:
     """policy files pi_1 ... pi_n to reuse; nothing after the flag: none, which is SAC"""
     num_random_sources: int = 0
     """untrained policies added to the sources (paper, Section 4.3.3)"""
-    beta1: float = 10.0
+    beta1: float = 1.0
     """weight of the guidance KL, beta_1 in Eq. 12"""
-    beta2: float = 3e-3
+    beta2: float = 0.03
     """cap on the advantage in that weight, as a fraction of |V|: beta_2 in Eq. 12"""
     num_guidance_samples: int = 1
     """actions sampled per candidate to estimate its expected advantage, Eq. 4"""
