@@ -1,12 +1,12 @@
 """Draw what transfer.py collected; everything is computed from its csv files.
 
-    python benchmark/plot.py                        # all figures and transfer.md
+    python benchmark/plot.py                        # all figures and tables
     python benchmark/plot.py --figure4 runs/transfer/pick-place-wall-v2__cup__1
 
-transfer.csv gives figure2_success.png, figure2_return.png and the table; selection.csv
+transfer.csv gives figure2_success.png, figure2_return.png and transfer.md; selection.csv
 gives figure3.png and figure3_all.png; figure4.csv, which --figure4 makes by playing one
 episode, gives figure4.png. Numbers are those of the paper's figures. sources/<task>.csv,
-the metrics.csv of train_sources.py's runs, give sources.png.
+the metrics.csv of train_sources.py's runs, give sources.png; tuning.csv gives tuning.md.
 """
 
 import csv
@@ -257,6 +257,27 @@ def table(curves: dict[str, Curves]) -> str:
     return "\n".join(lines)
 
 
+def tuning_table(rows: list[dict[str, str]]) -> str:
+    """A line for every run of tuning.csv."""
+    titles = (
+        "task | run | seed | beta1 | beta2 | steps | return, mean to 100,000 steps | "
+    )
+    titles += "return, mean after 100,000 steps | best success, %"
+    lines, runs = [f"| {titles} |", "|" + " --- |" * 9], defaultdict(list)
+    for row in rows:
+        key = row["env_id"], row["tag"], row["seed"], row["beta1"], row["beta2"]
+        runs[key].append([float(row[c]) for c in ("step", "return", "success_rate")])
+    for key, evaluations in sorted(runs.items()):
+        step, returns, success = np.array(evaluations).T
+        young = step <= 100_000
+        line = [*key, f"{step[-1]:,.0f}"]
+        for part in (returns[young], returns[~young]):
+            line.append(f"{part.mean():,.0f}" if len(part) else "–")
+        line.append(f"{100 * success.max():.0f}")
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
 # -------------------------------------- Figure 3 --------------------------------------
 
 
@@ -446,6 +467,8 @@ def main() -> None:
             text = table(curves)
             (args.dir / "transfer.md").write_text(text + "\n")
             print(text)
+        if rows := read(args.dir / "tuning.csv"):
+            (args.dir / "tuning.md").write_text(tuning_table(rows) + "\n")
     except (UserError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         sys.exit(2)
