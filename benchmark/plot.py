@@ -259,10 +259,8 @@ def table(curves: dict[str, Curves]) -> str:
 
 def tuning_table(rows: list[dict[str, str]]) -> str:
     """A line for every run of tuning.csv."""
-    titles = (
-        "task | run | seed | beta1 | beta2 | steps | return, mean to 100,000 steps | "
-    )
-    titles += "return, mean after 100,000 steps | best success, %"
+    titles = "task | run | seed | beta1 | beta2 | steps | return to 100,000 steps, mean"
+    titles += " | return after that, mean | best success, %"
     lines, runs = [f"| {titles} |", "|" + " --- |" * 9], defaultdict(list)
     for row in rows:
         key = row["env_id"], row["tag"], row["seed"], row["beta1"], row["beta2"]
@@ -375,9 +373,8 @@ def play(run_dir: Path, episode_seed: int, path: Path) -> None:
         log_stds = torch.cat([dist[:, :, 1], log_std], dim=1)
         torch.manual_seed(episode_seed)
         noise = torch.randn(SAMPLES, len(obs), 1, actor.action_dim)
-        action, log_prob = cup.squash(
-            means, log_stds, noise
-        )  # (samples, steps, n + 1, ..)
+        # (samples, steps, n + 1, ...)
+        action, log_prob = cup.squash(means, log_stds, noise)
         q = critic(obs.unsqueeze(1).expand(*action.shape[:3], -1), action).amin(dim=0)
         alpha = state["log_alpha"].exp() if args.soft_advantage else 0.0
         advantage, value = cup.expected_advantage(q, log_prob, alpha)
