@@ -98,9 +98,8 @@ class Curves:
             if method in METHODS
         }
         longest = [max(s[0, -1] for s in p.values()) for p in self.seeds.values()]
-        self.horizon = min(
-            longest, default=0
-        )  # equal environment steps for all methods
+        # equal environment steps for all methods
+        self.horizon = min(longest, default=0)
 
     def complete(self, method: str) -> dict[int, np.ndarray]:
         """Seeds that reached the horizon, (3, evaluations) each, up to the horizon."""
