@@ -224,7 +224,9 @@ def table(curves: dict[str, Curves]) -> str:
 
     def ratio(a, b):
         a, b = a.mean(), b.mean()
-        return f"{a / b:.2f}" if b > 0 and np.isfinite(a) else "–"
+        if not (b > 0 and np.isfinite(a)):
+            return "–"
+        return f"{a / b:.2f}" if a < 100 * b else "over 100"
 
     for task, curve in curves.items():
         if not curve.seeds:

@@ -65,6 +65,15 @@ def test_table_of_one_seed(tmp_path):
     assert cells(table, "shelf-place-v2")[1] == "not run yet"
 
 
+def test_a_ratio_to_almost_nothing_is_not_spelt_out(tmp_path):
+    rows = run_of("hammer-v2", "cup", 1, [(0.0, 50), (0.0, 50)])
+    rows += run_of("hammer-v2", "sac", 1, [(0.0, 0.001), (0.0, 0.001)])
+    write(tmp_path / "transfer.csv", rows)
+    plot(tmp_path)
+    ratio = cells(tmp_path / "transfer.md", "hammer-v2", "CUP / SAC")
+    assert ratio[4:6] == ["–", "over 100, CUP ahead at 1 of 1 seeds"]
+
+
 def test_both_methods_are_compared_at_equal_steps(tmp_path):
     """SAC went on to 400 steps, CUP to 200: what SAC did after 200 does not count."""
     rows = run_of("hammer-v2", "cup", 1, [(0.0, 10), (0.2, 30)])
