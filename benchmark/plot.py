@@ -11,6 +11,7 @@ the metrics.csv of train_sources.py's runs, give sources.png; tuning.csv gives t
 
 import csv
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ import tyro
 
 try:
     import matplotlib
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 except ImportError as missing:
     hint = "pip install -r benchmark/requirements.txt"
     print(f"plot.py: needs a package ({missing}): {hint}", file=sys.stderr)
     sys.exit(2)
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+# where all seeds are equal, so are the ends of the interval
+warnings.simplefilter("ignore", DegenerateDataWarning)
 
 TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")
 TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
