@@ -978,9 +978,9 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 else:
                     mean, log_std = agent.actor(obs)
                     action, _ = squash(mean, log_std, torch.randn_like(mean))
-                source_dist = query_sources(sources.values(), obs, args)
             numpy_action = action.cpu().numpy()
             envs.send("step", numpy_action)
+            source_dist = query_sources(sources.values(), obs, args)
 
             # ---- learn
             if step < args.learning_starts <= step + args.num_envs:  # once
