@@ -898,6 +898,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         eval_envs = VectorEnv(args.env_id, args.num_envs, args.seed, 1)
         stack.callback(eval_envs.close)
         obs_dim, action_dim = envs.obs_dim, envs.action_dim
+        # Adam's moments of idle weights fade to below 1e-38, where processors are slow
+        torch.set_flush_denormal(True)
 
         try:
             if checkpoint:
