@@ -876,6 +876,19 @@ def evaluate(actor, envs, episodes: int, first_episode=0, sample=False) -> dict:
     return {name: np.array(values) for name, values in results.items()}
 
 
+def spare_the_processor() -> None:
+    """Two settings of this process that save a tenth of the time and change no number."""
+    # Adam's moments of idle weights fade to below 1e-38, where processors are slow
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        # glibc: keep freed memory; to fetch pages for every large tensor takes longer
+        # than to fill them
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_trim_threshold, 2**28)
+        libc.mallopt(m_mmap_threshold, 2**25)
+
+
 def train(args: Args, checkpoint: dict | None = None) -> None:
     """Alg. 1, from the start or from a checkpoint."""
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -898,8 +911,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         eval_envs = VectorEnv(args.env_id, args.num_envs, args.seed, 1)
         stack.callback(eval_envs.close)
         obs_dim, action_dim = envs.obs_dim, envs.action_dim
-        # Adam's moments of idle weights fade to below 1e-38, where processors are slow
-        torch.set_flush_denormal(True)
+        spare_the_processor()
 
         try:
             if checkpoint:
