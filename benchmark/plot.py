@@ -15,6 +15,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 
 import numpy as np
 import tyro
@@ -101,9 +102,9 @@ class Curves:
             for method, seeds in points.items()
             if method in METHODS
         }
-        longest = [max(s[0, -1] for s in p.values()) for p in self.seeds.values()]
-        # equal environment steps for all methods
-        self.horizon = min(longest, default=0)
+        ends = [[c[0, -1] for c in seeds.values()] for seeds in self.seeds.values()]
+        # equal environment steps for all methods, as far as half of their seeds are
+        self.horizon = min(map(median_high, ends), default=0)
 
     def complete(self, method: str) -> dict[int, np.ndarray]:
         """Seeds that reached the horizon, (3, evaluations) each, up to the horizon."""
@@ -298,14 +299,14 @@ def figure3(rows: list[dict[str, str]], env_id: str, axes, handles: dict) -> Non
         empty(axes)
         return
     ends = [max(points)[0] for points in lines["target"].values()]
-    start = min(min(points)[0] for points in lines["target"].values())
-    grid, spare = np.linspace(start, max(ends), POINTS), iter(SPARE * 9)
+    start, end = min(min(p)[0] for p in lines["target"].values()), median_high(ends)
+    grid, spare = np.linspace(start, end, POINTS), iter(SPARE * 9)
     order = sorted(lines, key=lambda n: [*COLOURS, n, "success rate"].index(n))
     for name in order:
         values = []
         for points in lines[name].values():
             steps, percent = np.array(sorted(points)).T
-            if steps[-1] == max(ends):  # seeds still on their way are left out
+            if steps[-1] >= end:  # seeds still on their way are left out
                 known = np.isfinite(percent)
                 values.append(np.interp(grid, steps[known], percent[known], np.nan))
         is_success = name == "success rate"
@@ -315,7 +316,7 @@ def figure3(rows: list[dict[str, str]], env_id: str, axes, handles: dict) -> Non
         if len(values) > 1:
             low, high = interval(np.stack(values))
             axes.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
-    steps_axis(axes, max(ends))
+    steps_axis(axes, end)
     axes.set_ylim(-3, 103)
     axes.set_title(f"seeds: {len(values)}", loc="right", **NOTE)
 

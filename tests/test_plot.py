@@ -4,6 +4,7 @@ import csv
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -42,7 +43,7 @@ def run_of(env_id, method, seed, evaluations) -> list[dict]:
 
 def area(heights) -> float:
     """Mean height of the polygon through equally spaced points."""
-    trapezoids = [(a + b) / 2 for a, b in zip(heights, heights[1:], strict=False)]
+    trapezoids = [(a + b) / 2 for a, b in pairwise(heights)]
     return sum(trapezoids) / len(trapezoids)
 
 
@@ -93,6 +94,20 @@ def test_a_seed_on_its_way_is_left_out_until_it_is_there(tmp_path):
     plot(tmp_path)
     cup = cells(tmp_path / "transfer.md", "hammer-v2", "CUP")
     assert cup[2:] == ["1", "300", "37.5", "20", "50", "50", "200"]
+
+
+def test_a_seed_that_went_further_waits_for_the_others(tmp_path):
+    """Of three seeds one is at 300 steps, two at 200: that is where they are compared."""
+    rows = []
+    for method in ("cup", "sac"):
+        for seed in (1, 2):
+            rows += run_of("hammer-v2", method, seed, [(0.0, 10), (0.5, 30)])
+        rows += run_of("hammer-v2", method, 3, [(0.0, 10), (0.2, 30), (0.9, 900)])
+    write(tmp_path / "transfer.csv", rows)
+    plot(tmp_path)
+    cup = cells(tmp_path / "transfer.md", "hammer-v2", "CUP")
+    assert cup[2:4] == ["3", "200"]
+    assert cup[5].startswith("20 ")
 
 
 def test_intervals_are_those_of_the_mean_over_seeds(tmp_path):
