@@ -911,7 +911,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         eval_envs = VectorEnv(args.env_id, args.num_envs, args.seed, 1)
         stack.callback(eval_envs.close)
         obs_dim, action_dim = envs.obs_dim, envs.action_dim
-        spare_the_processor()
+        spare_the_processor()  # not before: the environments would inherit it
 
         try:
             if checkpoint:
