@@ -531,8 +531,8 @@ class Agent:
         """One gradient step of Alg. 1 on a minibatch of `ReplayBuffer.sample`.
 
         Without sources, or with guide=False, it is SAC. Returns what there is to log:
-        the losses and alpha (scalars), and with guidance `guidance`, `weight`, `kl`
-        (batch,) and `advantage` (batch, n + 1).
+        the losses, alpha and entropy (scalars), and with guidance `guidance`, `weight`,
+        `kl` (batch,) and `advantage` (batch, n + 1).
         """
         args = self.args
         obs, next_obs, action, reward, terminated, source_mean, source_log_std = batch
@@ -596,8 +596,8 @@ class Agent:
         self.actor_optimizer.step()
 
         # ---- entropy weight: L_entropy, Eq. 3
-        entropy_gap = log_prob.detach().mean() + self.target_entropy
-        alpha_loss = -self.log_alpha.exp() * entropy_gap
+        entropy = info["entropy"] = -log_prob.detach().mean()
+        alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
@@ -765,7 +765,8 @@ class Run:
         (self.dir / "args.json").write_text(about + "\n")
         columns = "step time/seconds time/steps_per_second"
         columns += " train/return train/success_rate"
-        columns += " eval/return eval/success_rate loss/critic loss/actor loss/kl alpha"
+        columns += " eval/return eval/success_rate"
+        columns += " loss/critic loss/actor loss/kl alpha entropy"
         if sources:
             columns += " guidance/weight guidance/kl"
         columns = columns.split()
@@ -787,8 +788,8 @@ class Run:
         row = {"step": step, "time/seconds": round(now - self.start, 1)}
         row["time/steps_per_second"] = round(rate, 1)
         row |= {name: value.item() for name, value in info.items() if "/" in name}
-        if info:
-            row["alpha"] = info["alpha"].item()
+        for name in ("alpha", "entropy") if info else ():
+            row[name] = info[name].item()
         if "guidance" in info:
             advantage = info["advantage"].mean(dim=0).tolist()
             for k, name in enumerate(self.candidates):

@@ -80,7 +80,7 @@ def test_metaworld(tmp_path, sources, guidance):
     for name in ("selected", "advantage"):
         columns = [key for key in last if key.startswith(f"guidance/{name}/")]
         assert columns == [f"guidance/{name}/{source}" for source in names]
-    losses = ["loss/critic", "loss/actor", "alpha"]
+    losses = ["loss/critic", "loss/actor", "alpha", "entropy"]
     losses += ["loss/kl", "guidance/weight", "guidance/kl"] if names else []
     for name in losses:
         assert first[name] == ""  # nothing was learned yet

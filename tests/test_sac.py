@@ -296,7 +296,7 @@ def test_losses_against_a_loop_over_the_batch():
     def q(critic: nn.Module, state: Tensor, action: Tensor) -> tuple[float, float]:
         return half(critic, 0, state, action), half(critic, 1, state, action)
 
-    critic_loss = actor_loss = 0.0
+    critic_loss = actor_loss = entropy = 0.0
     for b in range(BATCH):
         next_action, log_prob = act(next_obs[b], next_noise[b])
         target = reward[b].item()
@@ -308,12 +308,14 @@ def test_losses_against_a_loop_over_the_batch():
         new_action, log_prob = act(obs[b], noise[b])
         new_q = min(q(agent.critic, obs[b], new_action))
         actor_loss += (alpha * log_prob - new_q) / BATCH
+        entropy -= log_prob / BATCH
 
     torch.manual_seed(1)
     info = agent.update(batch)
     assert info["loss/critic"].item() == pytest.approx(critic_loss, rel=1e-5)
     assert info["loss/actor"].item() == pytest.approx(actor_loss, rel=1e-5, abs=1e-5)
     assert info["alpha"].item() == pytest.approx(alpha)
+    assert info["entropy"].item() == pytest.approx(entropy, rel=1e-5)
     assert all(value.shape == () for value in info.values())
 
 
