@@ -787,9 +787,8 @@ class Run:
         rate = (step - last_step) / max(seconds, 1e-9)
         row = {"step": step, "time/seconds": round(now - self.start, 1)}
         row["time/steps_per_second"] = round(rate, 1)
-        row |= {name: value.item() for name, value in info.items() if "/" in name}
-        for name in ("alpha", "entropy") if info else ():
-            row[name] = info[name].item()
+        # the losses, alpha and entropy; the rest is one number a state
+        row |= {name: value.item() for name, value in info.items() if value.ndim == 0}
         if "guidance" in info:
             advantage = info["advantage"].mean(dim=0).tolist()
             for k, name in enumerate(self.candidates):
