@@ -8,6 +8,8 @@ guidance policy. The columns:
 - selected: their share of all states
 - advantage: of that source over the target policy, as the update estimates it (Eq. 4)
 - again: the same with fresh actions, so without the luck that made the source the best
+- lasting: that by the target critic, a running average of the critic over some 200
+  updates: what is left without the errors that come and go with every update
 - twins_agree: where, with these, both critics put the source ahead; a quarter by chance
 - weight, kl: beta_s (Eq. 12) and the KL (Eq. 9), means over those states
 - pull: the KL term's gradient with respect to the policy's mean, as a multiple of the
@@ -30,7 +32,8 @@ import cup
 from benchmark.transfer import update_csv
 
 RUN = ["env_id", "seed", "beta1", "beta2", "step"]
-FOUND = ["selected", "advantage", "again", "twins_agree", "weight", "kl", "pull"]
+FOUND = ["selected", "advantage", "again", "lasting", "twins_agree"]
+FOUND += ["weight", "kl", "pull"]
 
 
 @dataclass
@@ -66,18 +69,18 @@ def mean_gradient(agent: cup.Agent, batch: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def fresh_advantage(agent: cup.Agent, batch, source: Tensor, samples: int) -> Tensor:
-    """Advantage (3, batch) of each state's `source` over the target policy.
+def fresh_advantage(actor, critic, batch, source: Tensor, samples: int) -> Tensor:
+    """Advantage (3, batch) of each state's `source` over the target policy `actor`.
 
     By the first critic, by the second, and by the lesser Q, which is what counts.
     """
     obs, source_mean, source_log_std = batch[0], *batch[-2:]
     row = torch.arange(len(obs))
-    dists = (source_mean[row, source], source_log_std[row, source]), agent.actor(obs)
+    dists = (source_mean[row, source], source_log_std[row, source]), actor(obs)
     total = torch.zeros(3, len(obs))
     for _ in range(samples):
         noise = torch.randn_like(dists[1][0])
-        q = [agent.critic(obs, cup.squash(*dist, noise)[0]) for dist in dists]
+        q = [critic(obs, cup.squash(*dist, noise)[0]) for dist in dists]
         theirs, ours = (torch.cat([x, x.amin(dim=0, keepdim=True)]) for x in q)
         total += theirs - ours
     return total / samples
@@ -93,6 +96,8 @@ def diagnose(run_dir: Path, args: Args) -> dict[str, str]:
     def load_agent(beta1: float) -> cup.Agent:
         agent = cup.Agent(replace(settings, beta1=beta1), obs_dim, action_dim)
         agent.load_state_dict(checkpoint["agent"])
+        # a critic that takes a step before the guidance would not be the one asked again
+        agent.critic_optimizer.param_groups[0]["lr"] = 0.0
         return agent
 
     rows = checkpoint["buffer"]
@@ -108,8 +113,12 @@ def diagnose(run_dir: Path, args: Args) -> dict[str, str]:
     best, guidance = info["advantage"].max(dim=1).values, info["guidance"]
     chosen = guidance < len(checkpoint["sources"])
     batch = [column[chosen] for column in batch]
-    again = fresh_advantage(
-        load_agent(settings.beta1), batch, guidance[chosen], args.fresh_samples
+    agent = load_agent(settings.beta1)
+    again, lasting = (
+        fresh_advantage(
+            agent.actor, critic, batch, guidance[chosen], args.fresh_samples
+        )
+        for critic in (agent.critic, agent.target_critic)
     )
 
     def length(x: Tensor) -> Tensor:
@@ -119,6 +128,7 @@ def diagnose(run_dir: Path, args: Args) -> dict[str, str]:
         "selected": chosen.float().mean(),
         "advantage": best[chosen].mean(),
         "again": again[2].mean(),
+        "lasting": lasting[2].mean(),
         "twins_agree": (again[:2] > 0).all(dim=0).float().mean(),
         "weight": info["weight"][chosen].mean(),
         "kl": info["kl"][chosen].mean(),

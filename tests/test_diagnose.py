@@ -61,9 +61,8 @@ class Critics(nn.Module):
 def test_fresh_advantage_is_an_expectation():
     torch.manual_seed(0)
     agent, batch = cup.Agent(SETTINGS, OBS, ACTIONS), make_batch()
-    agent.critic = Critics()
     source = torch.randint(SOURCES, (STATES,))
-    found = diagnose.fresh_advantage(agent, batch, source, 4_000)
+    found = diagnose.fresh_advantage(agent.actor, Critics(), batch, source, 4_000)
     mean, log_std = (x.detach() for x in agent.actor(batch[0]))
     for state in range(8):
         q = []
@@ -90,6 +89,18 @@ def test_command_line(tmp_path):
     assert 0 <= float(row["twins_agree"]) <= 1
     assert float(row["pull"]) > 0
     assert f"pull {row['pull']}" in result.stdout
+
+
+def test_with_many_actions_there_is_no_luck(tmp_path):
+    """The update's own estimate is then the expectation, and asking again finds the same."""
+    run_dir, output = tmp_path / "run", tmp_path / "diagnosis.csv"
+    samples = "--num-guidance-samples", "64"
+    assert run_cup(*PENDULUM, *samples, "--run-dir", run_dir).returncode == 0
+    command = [sys.executable, SCRIPT, run_dir, "--states", "500", "--output", output]
+    subprocess.run(command, capture_output=True, check=True)
+    with open(output, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["again"]) == pytest.approx(float(row["advantage"]), rel=0.1)
 
 
 @pytest.mark.parametrize("what", ["nowhere", "without sources"])
