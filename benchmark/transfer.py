@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -312,15 +313,28 @@ def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) 
         return [(not v.isdigit(), int(v) if v.isdigit() else 0, v) for v in row]
 
     new = {key(row) for row in rows}
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = rows + [row for row in csv.DictReader(file) if key(row) not in new]
-    lines = sorted(([str(row[c]) for c in columns] for row in rows), key=order)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([columns, *lines])
-    os.replace(temporary, path)
+    with lock(path.parent):  # another study may collect at the same time
+        if path.exists():
+            with open(path, newline="") as file:
+                others = [row for row in csv.DictReader(file) if key(row) not in new]
+            rows = rows + others
+        lines = sorted(([str(row[c]) for c in columns] for row in rows), key=order)
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([columns, *lines])
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Wait until no other process is in here with this directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
 
 
 def short(number: str | float) -> str:

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from benchmark.transfer import update_csv
 
 BENCHMARK = Path(__file__).parents[1] / "benchmark"
 STAND_IN = """
@@ -136,6 +139,20 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
         assert lines[2] == "x-v2,10,2000,target,0.75,0,1"
         lines = (out / "tuning.csv").read_text().splitlines()
         assert lines[1] == "b,x-v2,cup,1,a b," + "5," * len(tuned) + "20,1,1"
+
+
+def test_studies_that_collect_at_the_same_time_lose_nothing(tmp_path):
+    """Each reads the file, adds its run and replaces the file; one waits for another."""
+
+    def collect(number: int) -> None:
+        row = {"run": number, "step": 1}
+        update_csv(tmp_path / "runs.csv", ["run", "step"], 1, [row])
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(collect, range(100)))
+    lines = (tmp_path / "runs.csv").read_text().splitlines()
+    assert lines == ["run,step", *(f"{number},1" for number in range(100))]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
 def test_status_tells_done_stopped_running_and_waiting(transfer, tmp_path):
