@@ -42,6 +42,7 @@ TUNED = ("sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage")
 TUNED += ("source_mean_bound", "source_log_std_min", "guidance_starts")
 TUNED += ("num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr")
 TUNED += ("alpha_lr", "init_alpha")
+GUIDED = {"target_selected": "guidance/selected/target", "entropy": "entropy"}
 SELECTION = ("selected", "advantage", "success_rate")
 MAX_POINTS = 150  # of each candidate's curve in selection.csv
 
@@ -303,7 +304,8 @@ def print_status(args: Args, jobs: list[Job]) -> None:
 def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) -> None:
     """Write rows, sorted, and keep what `path` has of other runs.
 
-    A run is what has its own values in the first `num_keys` columns.
+    A run is what has its own values in the first `num_keys` columns. Columns that an
+    older `path` lacks are empty in its rows.
     """
 
     def key(row):
@@ -318,7 +320,8 @@ def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) 
             with open(path, newline="") as file:
                 others = [row for row in csv.DictReader(file) if key(row) not in new]
             rows = rows + others
-        lines = sorted(([str(row[c]) for c in columns] for row in rows), key=order)
+        cells = ([str(row.get(c, "")) for c in columns] for row in rows)
+        lines = sorted(cells, key=order)
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -374,6 +377,7 @@ def collect(args: Args) -> None:
             if row["eval/return"]:
                 score = {"success_rate": short(row["eval/success_rate"])}
                 score |= {"return": short(row["eval/return"])}
+                score |= {name: short(row.get(GUIDED[name], "")) for name in GUIDED}
                 (tuning if tag else curves).append(
                     about | {"step": row["step"]} | score
                 )
@@ -385,7 +389,7 @@ def collect(args: Args) -> None:
     columns = ["env_id", "seed", "step", "candidate", *SELECTION]
     update_csv(args.out / "selection.csv", columns, 2, selections)
     if tuning:
-        columns = ["tag", *run, *TUNED, *result]
+        columns = ["tag", *run, *TUNED, *result, *GUIDED]
         update_csv(args.out / "tuning.csv", columns, 4, tuning)
     print(f"{len(curves) + len(tuning)} evaluations collected into {args.out}")
 

@@ -119,11 +119,16 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
     tuned += ["num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr"]
     tuned += ["alpha_lr", "init_alpha"]
     settings = dict.fromkeys(tuned, 5) | {"sources": ["/here/a.pt", "there/b.pt"]}
-    write_run(runs / "x-v2__cup__1__b", [row(20)], **settings)
+    guidance = {"guidance/selected/target": 0.75, "entropy": "-3.14159265"}
+    write_run(runs / "x-v2__cup__1__b", [row(20, **guidance)], **settings)
+    write_run(runs / "x-v2__sac__1__b", [row(20)], **settings)
     header = "env_id,method,seed,step,success_rate,return"
     kept = "w-v2,cup,1,5,0.5,1"
     stale = "x-v2,sac,1,5,0.5,1"
     (out / "transfer.csv").write_text(f"{header}\n{stale}\n{kept}\n")
+    older = f"tag,env_id,method,seed,sources,{','.join(tuned)},step,success_rate,return"
+    line = "old,x-v2,cup,1,a b," + "5," * len(tuned) + "20,1,1"
+    (out / "tuning.csv").write_text(f"{older}\n{line}\n")
     for _ in range(2):  # the second time changes nothing
         assert transfer("--collect").returncode == 0
         assert (out / "transfer.csv").read_text().splitlines() == [
@@ -138,7 +143,10 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
         assert lines[1] == "x-v2,10,2000,a,0.25,-1.5,1"
         assert lines[2] == "x-v2,10,2000,target,0.75,0,1"
         lines = (out / "tuning.csv").read_text().splitlines()
-        assert lines[1] == "b,x-v2,cup,1,a b," + "5," * len(tuned) + "20,1,1"
+        values = "a b," + "5," * len(tuned)
+        assert lines[1] == f"b,x-v2,cup,1,{values}20,1,1,0.75,-3.1416"
+        assert lines[2] == f"b,x-v2,sac,1,{values}20,1,1,,"
+        assert lines[3] == f"old,x-v2,cup,1,{values}20,1,1,,"
 
 
 def test_studies_that_collect_at_the_same_time_lose_nothing(tmp_path):
