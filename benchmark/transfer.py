@@ -318,10 +318,10 @@ def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) 
     with lock(path.parent):  # another study may collect at the same time
         if path.exists():
             with open(path, newline="") as file:
-                others = [row for row in csv.DictReader(file) if key(row) not in new]
-            rows = rows + others
-        cells = ([str(row.get(c, "")) for c in columns] for row in rows)
-        lines = sorted(cells, key=order)
+                old = list(csv.DictReader(file))
+            rows = rows + [row for row in old if key(row) not in new]
+        lines = [[str(row.get(c, "")) for c in columns] for row in rows]
+        lines.sort(key=order)
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -377,7 +377,7 @@ def collect(args: Args) -> None:
             if row["eval/return"]:
                 score = {"success_rate": short(row["eval/success_rate"])}
                 score |= {"return": short(row["eval/return"])}
-                score |= {name: short(row.get(GUIDED[name], "")) for name in GUIDED}
+                score |= {n: short(row.get(name, "")) for n, name in GUIDED.items()}
                 (tuning if tag else curves).append(
                     about | {"step": row["step"]} | score
                 )
