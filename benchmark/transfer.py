@@ -373,6 +373,8 @@ def collect(args: Args) -> None:
             settings["sources"] = names
             about |= {"tag": tag[0]} | {name: settings[name] for name in TUNED}
         rows = read_metrics(path)
+        while rows and not rows[-1]["eval/return"]:
+            rows.pop()  # stopped on the way: both curves end with an evaluation
         for row in rows:
             if row["eval/return"]:
                 score = {"success_rate": short(row["eval/success_rate"])}

@@ -109,7 +109,7 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
             **{"guidance/selected/a": 0.25, "guidance/selected/target": 0.75},
             **{"guidance/advantage/a": -k, "guidance/advantage/target": 0},
         )
-        for k in range(1, 301)
+        for k in range(1, 302)  # the last one is after the last evaluation
     ]
     write_run(runs / "x-v2__cup__10", guided)
     write_run(runs / "x-v2__cup__2", [row(20, **{"eval/return": "3.14159265"})])
