@@ -41,12 +41,20 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch loads: just end
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gymnasium as gym
-import metaworld
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+try:
+    import metaworld
+except (AttributeError, ImportError, RuntimeError) as error:
+    if not (opengl := os.environ.get("MUJOCO_GL")):  # MuJoCo loads it at once
+        raise
+    problem = f"MUJOCO_GL={opengl} does not load ({error})"
+    print(f"cup.py: {problem}: install its library or unset it", file=sys.stderr)
+    sys.exit(2)
 
 SOURCES_DIR = Path(__file__).parent / "sources"
 SHIPPED = [

@@ -266,6 +266,14 @@ def test_capture_video(pendulum, tmp_path):
         assert "Traceback" not in result.stderr
 
 
+def test_opengl_that_does_not_load(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    result = run_cup("--env-id", "reach-v2")
+    assert result.returncode == 2
+    assert result.stderr.startswith("cup.py: MUJOCO_GL=nonsense does not load (")
+    assert len(result.stderr.splitlines()) == 1
+
+
 # ---------------------------------------- bad input -------------------------------------
 
 
