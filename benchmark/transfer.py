@@ -35,8 +35,14 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")
-TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
+STEPS = {  # until a method's mean passed 50 % success, a million at most
+    "hammer-v2": 1_000_000,
+    "peg-insert-side-v2": 500_000,
+    "push-wall-v2": 300_000,
+    "pick-place-wall-v2": 540_000,
+    "push-back-v2": 560_000,
+    "shelf-place-v2": 1_000_000,
+}
 SOURCES = ("reach-v2", "push-v2", "pick-place-v2")
 TUNED = ("sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage")
 TUNED += ("source_mean_bound", "source_log_std_min", "guidance_starts")
@@ -51,14 +57,15 @@ MAX_POINTS = 150  # of each candidate's curve in selection.csv
 class Args:
     """Run the transfer study, or look at it. Arguments of cup.py follow a `--`."""
 
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = tuple(STEPS)
     """target tasks"""
     methods: tuple[Literal["cup", "sac"], ...] = ("cup", "sac")
     """cup: cup.py's own three sources; sac: none"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds; the first one of every task comes before the second of any"""
-    total_timesteps: int = 300_000
-    """environment steps of every run; a larger number goes on with finished runs"""
+    total_timesteps: int | None = None
+    """environment steps of every run; by default the study's for the task, 300,000 for
+    others; a larger number goes on with finished runs"""
     workers: int = os.cpu_count() or 1
     """jobs at a time, one thread each"""
     cluster: Literal["local", "slurm"] = "local"
@@ -184,7 +191,8 @@ def make_jobs(args: Args, extra: list[str]) -> list[Job]:
         for env_id in dict.fromkeys(args.tasks):
             for method in dict.fromkeys(args.methods):
                 name = "__".join([env_id, method, str(seed), *args.tag.split()])
-                about = env_id, method, seed, args.total_timesteps
+                steps = args.total_timesteps or STEPS.get(env_id, 300_000)
+                about = env_id, method, seed, steps
                 jobs.append(Job(*about, args.runs_dir / name, extra))
     return jobs
 
@@ -405,7 +413,8 @@ def main() -> None:
             allowed = "letters, digits, and single . - _"
             raise UserError(f"--tag is part of a directory's name: {allowed} only")
         for name in ("workers", "hours", "total_timesteps"):
-            if getattr(args, name) <= 0:
+            value = getattr(args, name)
+            if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive")
         jobs = make_jobs(args, extra)
         if not jobs:

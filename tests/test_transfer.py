@@ -100,6 +100,19 @@ def test_list_prints_every_command_first_seeds_first(transfer):
     assert lines[0].endswith("hammer-v2__cup__1__beta3")
 
 
+def test_the_default_commands_are_those_of_the_committed_study(transfer):
+    steps = {}
+    with open(BENCHMARK / "transfer.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            steps[f"{row['env_id']}__{row['method']}__{row['seed']}"] = row["step"]
+    printed = {}
+    for line in transfer("--list").out.splitlines():
+        words = line.split()
+        run_dir = Path(words[words.index("--run-dir") + 1])
+        printed[run_dir.name] = words[words.index("--total-timesteps") + 1]
+    assert printed == steps
+
+
 def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
     runs, out = tmp_path / "runs" / "transfer", tmp_path / "benchmark"
     guided = [
