@@ -35,7 +35,7 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = {  # until a method's mean passed 50 % success, a million at most
+STEPS = {  # 300,000 or until a method's mean has passed 50 % success; a million at most
     "hammer-v2": 1_000_000,
     "peg-insert-side-v2": 500_000,
     "push-wall-v2": 300_000,
