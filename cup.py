@@ -1,44 +1,41 @@
 """CUP: Critic-Guided Policy Reuse (Zhang, Li, Zhang; NeurIPS 2022), in one file.
 
-Frozen source policies, trained on other tasks, guide Soft Actor-Critic on a new task.
-At every state of a minibatch the critic of the *new* task scores what each source would
-do there; where a source beats the target policy, the actor is pulled towards the best
-source. Nothing else is trained.
+Frozen source policies, trained on other tasks, guide Soft Actor-Critic (SAC) on a new task.
+At every state of a minibatch the critic of the *new* task scores what each source would do
+there; where a source beats the target policy, the actor is pulled towards the best source.
+Nothing else is trained.
 
-    python cup.py --env-id peg-insert-side-v2             # CUP, shipped source policies
-    python cup.py --env-id peg-insert-side-v2 --sources   # no sources: the SAC baseline
+    python cup.py --env-id peg-insert-side-v2             # CUP, with the shipped source policies
+    python cup.py --env-id peg-insert-side-v2 --sources   # no sources: SAC, the baseline
     python cup.py --evaluate sources/reach-v2.pt          # score a policy file
 
-Equation numbers are the paper's. To learn the algorithm, read from `expected_advantage`
-to the end of `Agent.update`; what comes after is files, logs and the command line.
+Equation numbers are the paper's. To learn the algorithm, read from `squash` to the end of
+`Agent.update`; the rest is environments, files and the training loop.
 """
 
-import contextlib
 import csv
-import ctypes
 import difflib
-import fcntl
-import inspect
 import json
 import math
-import multiprocessing
 import os
+import pickle
 import platform
+import random
 import re
 import signal
 import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while PyTorch loads: just end
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from threading import Event
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -47,152 +44,88 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-try:
-    import metaworld
-except (AttributeError, ImportError, RuntimeError) as error:
-    if not (opengl := os.environ.get("MUJOCO_GL")):  # MuJoCo loads it at once
-        raise
-    problem = f"MUJOCO_GL={opengl} does not load ({error})"
-    print(f"cup.py: {problem}: install its library or unset it", file=sys.stderr)
-    sys.exit(2)
-
 SOURCES_DIR = Path(__file__).parent / "sources"
-SHIPPED = [
-    SOURCES_DIR / f"{task}.pt" for task in ("reach-v2", "push-v2", "pick-place-v2")
-]
+SHIPPED = tuple(str(SOURCES_DIR / f"{task}-v2.pt") for task in ("reach", "push", "pick-place"))
 
 
 class UserError(Exception):
     """Something the user can put right; `main` prints it and exits with code 2."""
 
 
-class RunError(Exception):
-    """A run that cannot go on; `main` prints it and exits with code 1."""
-
-
-class EnvironmentFault(RunError):
-    """An environment that raised, died or returned NaN; a checkpoint is written first."""
-
-
 @dataclass
 class Args:
     """Train a target policy with the guidance of source policies (CUP)."""
 
+    # Meta-World task (peg-insert-side-v2), Gymnasium id (Pendulum-v1), or module:Id, where the
+    # module, beside cup.py or on PYTHONPATH, registers an environment of your own
     env_id: str | None = None
-    """Meta-World task (peg-insert-side-v2) or Gymnasium id with Box spaces (Pendulum-v1)"""
-    seed: int = 1
-    """seed of everything random: networks, exploration, minibatches, goals"""
-    total_timesteps: int = 1_000_000
-    """environment steps, all environments together"""
-    num_envs: int = 4
-    """environments that step side by side, while the gradient update runs"""
-    buffer_size: int = 1_000_000
-    """capacity of the replay buffer D, in transitions"""
-    batch_size: int = 256
-    """minibatch size of every gradient update"""
-    learning_starts: int = 5_000
-    """environment steps with uniformly random actions before the first update"""
+    seed: int = 1  # seed of everything random: networks, exploration, minibatches, goals
+    total_timesteps: int = 1_000_000  # environment steps, all environments together
+    num_envs: int = 4  # environments that step side by side
+    buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
+    batch_size: int = 256  # minibatch size of every gradient update
+    learning_starts: int = 5_000  # environment steps with random actions before the first update
+    # gradient updates per environment step: one each time the four environments have stepped,
+    # because an update takes as long as ten to twenty steps and would rule the clock
     utd_ratio: float = 0.25
-    """gradient updates per environment step"""
-    gamma: float = 0.99
-    """discount factor, gamma in Eq. 1"""
-    tau: float = 0.005
-    """step of the target critic towards the critic, tau in Alg. 1"""
-    policy_lr: float = 3e-4
-    """learning rate of the actor, lambda_pi in Alg. 1"""
-    q_lr: float = 3e-4
-    """learning rate of the critics, lambda_theta in Alg. 1"""
-    alpha_lr: float = 3e-4
-    """learning rate of the entropy weight, lambda_alpha in Alg. 1"""
+    gamma: float = 0.99  # discount factor, gamma in Eq. 1
+    tau: float = 0.005  # step of the target critic towards the critic, tau in Alg. 1
+    policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
+    q_lr: float = 3e-4  # learning rate of the critics, lambda_theta in Alg. 1
+    alpha_lr: float = 3e-4  # learning rate of the entropy weight, lambda_alpha in Alg. 1
+    # initial entropy weight alpha, Eq. 2; SAC's usual 1 would rule the losses for 10,000 updates
     init_alpha: float = 0.1
-    """initial entropy weight alpha, Eq. 2; 1 would rule the losses for 10,000 updates"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """hidden layers of the actor and of each critic"""
+    hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
 
-    sources: tuple[str, ...] = field(
-        default_factory=lambda: tuple(str(path) for path in SHIPPED if path.exists())
-    )
-    """policy files pi_1 ... pi_n to reuse; nothing after the flag: none, which is SAC"""
-    num_random_sources: int = 0
-    """untrained policies added to the sources (paper, Section 4.3.3)"""
-    beta1: float = 1.0
-    """weight of the guidance KL, beta_1 in Eq. 12"""
-    beta2: float = 0.03
-    """cap on the advantage in that weight, as a fraction of |V|: beta_2 in Eq. 12"""
-    num_guidance_samples: int = 1
-    """actions sampled per candidate to estimate its expected advantage, Eq. 4"""
+    # policy files pi_1 ... pi_n to reuse; nothing after the flag: none, which is SAC
+    sources: tuple[str, ...] = SHIPPED
+    num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
+    beta1: float = 1.0  # weight of the guidance KL, beta_1 in Eq. 12
+    beta2: float = 0.03  # cap on the advantage in that weight, as a fraction of |V|: beta_2, Eq. 12
+    num_guidance_samples: int = 1  # actions per candidate to estimate its advantage, Eq. 4
+    # entropy term in the expected advantage, as in Eq. 4; the default, Appendix B.3's variant
+    # without it, does not rule out sources of low entropy while alpha is still large
     soft_advantage: bool = False
-    """entropy term in the expected advantage: Eq. 4 as it is; off: Appendix B.3's variant"""
-    source_mean_bound: float = 2.5
-    """sources' pre-tanh means are clipped to plus or minus this (see query_sources)"""
-    source_log_std_min: float = -1.5
-    """sources' log standard deviations are raised to at least this (see query_sources)"""
-    guidance_starts: int = 5_000
-    """environment steps before the guidance begins"""
+    source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
+    source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
+    guidance_starts: int = 5_000  # environment steps before the guidance begins
 
-    log_interval: int = 1_000
-    """environment steps between rows of metrics.csv"""
-    eval_interval: int = 20_000
-    """environment steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation, each with a goal of its own; with --evaluate, take 50"""
-    checkpoint_interval: int = 50_000
-    """environment steps between checkpoints"""
-    run_dir: str | None = None
-    """directory to write to; by default runs/<env-id>__<cup or sac>__<seed>"""
-    resume: str | None = None
-    """run directory to go on with, from its checkpoint"""
-    evaluate: str | None = None
-    """policy file to score instead of training: on --env-id, or else on its own task"""
-    capture_video: bool = False
-    """with --evaluate: also write one episode as a GIF beside the policy file"""
-    cuda: bool = torch.cuda.is_available()
-    """train on the GPU"""
+    log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
+    eval_interval: int = 20_000  # environment steps between evaluations
+    eval_episodes: int = 10  # episodes per evaluation, a goal each; with --evaluate, take 50
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    run_dir: str | None = None  # where to write; by default runs/<env-id>__<cup or sac>__<seed>
+    resume: bool = False  # go on from the run directory's checkpoint; start where there is none
+    evaluate: str | None = None  # policy file to score instead, on --env-id or on its own task
+    capture_video: bool = False  # with --evaluate: write an episode as a GIF beside the policy
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
+    # CPU threads; where other programs keep the cores busy, 1 is fastest by far
     threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))
-    """CPU threads of the learner; the default leaves a core to the environments"""
-    tensorboard: bool = False
-    """also write TensorBoard logs into the run directory"""
-    track: bool = False
-    """also log to Weights & Biases"""
+    tensorboard: bool = False  # also write TensorBoard logs into the run directory
+    track: bool = False  # also log to Weights & Biases
+
+    def __post_init__(self):
+        """Raises ValueError, which tyro prints as a usage error with exit code 2."""
+        zero_is_fine = "seed utd_ratio gamma tau beta1 beta2 num_random_sources guidance_starts"
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and name != "source_log_std_min":
+                if not 0 <= value < math.inf or (value == 0 and name not in zero_is_fine.split()):
+                    raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
+        if not (self.env_id or self.evaluate):
+            raise ValueError("no task is named: give one, such as --env-id peg-insert-side-v2")
+        if max(self.gamma, self.tau) > 1:
+            raise ValueError("--gamma and --tau must not exceed 1")
+        if min(self.hidden_sizes, default=0) < 1 or not self.source_log_std_min < 2:
+            raise ValueError("--hidden-sizes must be positive, --source-log-std-min below 2")
+        if self.batch_size > self.buffer_size:
+            raise ValueError("--batch-size must not exceed --buffer-size")
+        if not (self.num_envs < self.learning_starts < self.total_timesteps or self.evaluate):
+            raise ValueError("--num-envs < --learning-starts < --total-timesteps must hold")
+        if self.cuda and not torch.cuda.is_available():
+            raise ValueError("--cuda: PyTorch finds no CUDA device, use --no-cuda")
 
 
-# ------------------------------------ environment -------------------------------------
-
-
-class SeededEpisodes(gym.Wrapper):
-    """Gives every episode its own seed, from (seed, episode number), and sums it up.
-
-    An episode can thus be rebuilt from its number and its actions: set `resume_from` to
-    the two before `reset`, and the environment comes back as it was. That is how a
-    resumed run equals an unbroken one. The last `info` of an episode holds its `return`
-    and its `success` in any of the steps, NaN where the task has no such thing.
-    """
-
-    def __init__(self, env: gym.Env, seed: int):
-        super().__init__(env)
-        self.seed, self.episode = seed, 0
-        self.resume_from: tuple[int, Sequence] | None = None
-
-    def reset(self, *, seed=None, options=None):
-        self.episode, actions = self.resume_from or (self.episode, ())
-        self.resume_from = None
-        episode_seed = derive_seed(self.seed, self.episode)
-        self.episode += 1
-        self.episode_return, self.success = 0.0, np.nan
-        if isinstance(self.unwrapped, metaworld.SawyerXYZEnv):
-            self.unwrapped.seed(episode_seed)  # Meta-World's reset ignores its seed
-        obs, _ = self.env.reset(seed=episode_seed)
-        for action in actions:
-            obs = self.step(action)[0]
-        return obs, {}
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self.episode_return += float(reward)
-        self.success = np.fmax(self.success, float(info.get("success", np.nan)))
-        summary = {"return": self.episode_return, "success": self.success}
-        info = summary if terminated or truncated else {}
-        return obs, reward, terminated, truncated, info
+# ------------------------------------------ environment ------------------------------------------
 
 
 def derive_seed(*numbers: int) -> int:
@@ -200,108 +133,104 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def make_env(env_id: str, seed: int, render_mode: str | None = None) -> gym.Env:
-    """One environment with actions in [-1, 1]. Same seed, same sequence of episodes.
+class SeededEpisodes(gym.Wrapper):
+    """An environment as CUP sees it: flat observations, actions in [-1, 1], seeded episodes.
 
-    Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and
-    drawn anew for every episode; the reward is v2's; 500 steps, then truncation. Any other
-    id goes to `gym.make`. Raises UserError for an id that is unknown or does not fit.
+    An episode's seed comes from (seed, episode number), so the episode can be rebuilt from its
+    number and its actions: set `start_at` to the two before `reset`. That is how a resumed run
+    equals an unbroken one. The last `info` of an episode holds its `return` and its `success` in
+    any of the steps, NaN where the task has no such thing.
     """
-    tasks = metaworld.ALL_V3_ENVIRONMENTS
-    if (task := re.sub(r"-v[23]$", "-v3", env_id)) in tasks:
-        env = tasks[task](render_mode=render_mode, reward_function_version="v2")
-        env._partially_observable = False  # show the goal in the observation, ...
-        del env.sawyer_observation_space  # ... which cached bounds would clip to zero
-        env._freeze_rand_vec = False  # a new goal for every episode, ...
-        env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
-        return SeededEpisodes(env, seed)
+
+    def __init__(self, env: gym.Env, seed: int):
+        super().__init__(env)
+        self.seed, self.episode, self.start_at = seed, -1, None
+        self.low, self.high = env.action_space.low, env.action_space.high
+        obs_shape = (math.prod(env.observation_space.shape),)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs_shape, np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (self.low.size,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, actions = self.start_at or (self.episode + 1, ())
+        self.start_at, self.actions, self.episode_return, self.success = None, [], 0.0, np.nan
+        episode_seed = derive_seed(self.seed, self.episode)
+        random.seed(episode_seed)  # some environments draw from the global generators
+        np.random.seed(episode_seed)
+        if hasattr(self.unwrapped, "seeded_rand_vec"):
+            self.unwrapped.seed(episode_seed)  # Meta-World's reset ignores its seed
+        obs = self.checked(self.env.reset(seed=episode_seed)[0])
+        for action in actions:
+            obs = self.step(action)[0]
+        return obs, {}
+
+    def step(self, action: np.ndarray):
+        center, half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
+        scaled = center + half_range * action.reshape(center.shape)
+        scaled = np.clip(scaled, self.low, self.high)  # rounding may leave the bounds
+        obs, reward, terminated, truncated, info = self.env.step(scaled)
+        self.actions.append(action.copy())
+        self.episode_return += float(reward)
+        success = info.get("success", info.get("is_success", np.nan))
+        self.success = np.fmax(self.success, float(success))
+        done = terminated or truncated
+        info = {"return": self.episode_return, "success": self.success} if done else {}
+        return self.checked(obs, reward), reward, terminated, truncated, info
+
+    def checked(self, obs, reward: float = 0.0) -> np.ndarray:
+        obs = np.asarray(obs, np.float32).reshape(-1)
+        if not (np.isfinite(obs).all() and math.isfinite(reward)):
+            where = f"step {len(self.actions)} of episode {self.episode}"
+            raise UserError(f"the environment returned NaN or infinity at {where}: mend it")
+        return obs
+
+
+def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEpisodes:
+    """One environment; same seed, same sequence of episodes. Raises UserError for a wrong id.
+
+    Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
+    anew for every episode; the reward is v2's; 500 steps, then truncation.
+    """
+    tasks, task = {}, re.sub("-v[23]$", "-v3", env_id)
     try:
+        if task.endswith("-v3"):
+            from metaworld import ALL_V3_ENVIRONMENTS as tasks
+        if task in tasks:
+            env = tasks[task](render_mode=render_mode, reward_function_version="v2")
+            env._partially_observable = False  # show the goal in the observation, ...
+            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+            env._freeze_rand_vec = False  # a new goal for every episode, ...
+            env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
+            return SeededEpisodes(env, seed)
         # an environment of one's own need not know about rendering
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except Exception as error:  # noqa: BLE001, its constructor may raise anything
-        names = [re.sub("3$", digit, name) for name in tasks for digit in "23"]
-        near = difflib.get_close_matches(env_id, [*names, *gym.registry], cutoff=0.5)
-        near = near or ["the name of a Meta-World task"]
-        hint = f"did you mean {', '.join(near)}?"
-        raise UserError(f"no environment {env_id!r} ({error}): {hint}") from None
-    for name in ("observation", "action"):
-        space = getattr(env, f"{name}_space")
+    except Exception as error:  # an environment's own code may raise anything
+        known = {*gym.registry, *(re.sub("3$", digit, name) for name in tasks for digit in "23")}
+        near = difflib.get_close_matches(env_id, known - {env_id.split(":")[-1]}, cutoff=0.8)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot make {env_id!r} ({reason}){hint}") from error
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    for name, space in ("observation", env.observation_space), ("action", env.action_space):
         if not isinstance(space, gym.spaces.Box):
             raise UserError(f"the {name}s of {env_id} are {space}, but CUP needs a Box")
-    if not env.action_space.is_bounded():
-        raise UserError(f"the actions of {env_id} have no bounds, but CUP needs them")
-    env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if not (space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+        raise UserError(f"the actions of {env_id} are {space}: CUP needs continuous, bounded ones")
     return SeededEpisodes(env, seed)
 
 
-class VectorEnv:
-    """Environments in a process of their own: they step while the networks learn.
+def make_envs(env_id: str, num_envs: int, *seed: int, render_mode=None) -> gym.vector.SyncVectorEnv:
+    """Environments in this process: they step quickly beside an update.
 
-    One process for all of them: they are quick beside an update, and to wake up several
-    processes at every step costs more than it saves. A finished episode is followed by
-    the next within the same step, whose `infos` hold `final_obs` and `final_info`.
+    A finished episode is followed by the next within the same step, whose infos hold `final_obs`
+    and `final_info`.
     """
-
-    def __init__(self, env_id: str, num_envs: int, *seed: int):
-        seeds = [derive_seed(*seed, index) for index in range(num_envs)]
-        self.num_envs = num_envs
-        self.pipe, remote = multiprocessing.Pipe()
-        process = multiprocessing.Process
-        self.process = process(target=serve, args=(remote, env_id, seeds), daemon=True)
-        self.process.start()
-        remote.close()
-        self.obs_dim, self.action_dim = self.wait()
-
-    def send(self, method: str, *args) -> None:
-        """Ask for `gymnasium.vector.SyncVectorEnv.method(*args)`; `wait` for the answer."""
-        self.pipe.send((method, args))
-
-    def wait(self):
-        try:
-            answer = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            raise EnvironmentFault("its process died") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def call(self, method: str, *args):
-        self.send(method, *args)
-        return self.wait()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.send("close")
-        self.process.join(timeout=5)
-        self.process.kill()
+    seeds = [derive_seed(*seed, index) for index in range(num_envs)]
+    make = [lambda seed=seed: make_env(env_id, seed, render_mode) for seed in seeds]
+    return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def serve(pipe, env_id: str, seeds: Sequence[int]) -> None:
-    """The process of a VectorEnv."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # and if that is killed, this goes with it
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    try:
-        env_fns = [lambda seed=seed: make_env(env_id, seed) for seed in seeds]
-        envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode="SameStep")
-        spaces = envs.single_observation_space, envs.single_action_space
-        pipe.send([math.prod(space.shape) for space in spaces])
-        method = ""
-        while method != "close":
-            method, args = pipe.recv()
-            pipe.send(getattr(envs, method)(*args))
-    except UserError as error:
-        pipe.send(error)
-    except (EOFError, OSError):
-        pass  # nobody is listening any more
-    except Exception as error:  # noqa: BLE001, whatever the environment raises
-        pipe.send(EnvironmentFault(f"{type(error).__name__}: {error}"))
-
-
-# -------------------------------------- networks --------------------------------------
+# -------------------------------------------- networks --------------------------------------------
 
 
 def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
@@ -314,8 +243,8 @@ def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
 class Standardize(nn.Module):
     """obs (..., obs_dim) with mean 0 and standard deviation 1, by statistics set once.
 
-    Meta-World's observations are in metres, and centimetres decide: as they come, they
-    would hardly differ. Until `fit` is called, this is the identity.
+    Meta-World's observations are in metres, and centimetres decide: as they come, they would
+    hardly differ. Until `fit` is called, this is the identity.
     """
 
     def __init__(self, obs_dim: int):
@@ -326,7 +255,7 @@ class Standardize(nn.Module):
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
         self.scale.copy_(1 / obs.std(dim=0, correction=0).clamp(min=0.1))
-        self.scale[(obs == 0).all(dim=0)] = 0  # padding, which other tasks may use
+        self.scale[(obs == 0).all(dim=0)] = 1  # not seen yet: its size is unknown
         self.shift.copy_(-obs.mean(dim=0) * self.scale)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -336,35 +265,28 @@ class Standardize(nn.Module):
 class Actor(nn.Module):
     """Tanh-Gaussian policy: obs (..., obs_dim) -> mean, log_std (..., action_dim).
 
-    Both are those before the tanh, and softly bounded: a mean far out, where the tanh is
-    flat, or a vanishing standard deviation would hardly change the action, but would send
-    the KL to this policy to infinity once it is somebody's source.
+    Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
+    a vanishing standard deviation would hardly change the action, but would send the KL to this
+    policy to infinity once it is somebody's source. A raw output of 0 is a log_std of -1.5, the
+    middle of its bounds.
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        hidden_sizes: Sequence[int],
-        mean_bound: float = 3.0,
-        log_std_min: float = -5.0,
-        log_std_max: float = 2.0,
+        self, obs_dim: int, action_dim: int, hidden_sizes: Sequence[int],
+        mean_bound: float = 3.0, log_std_min: float = -5.0, log_std_max: float = 2.0,
     ):
         super().__init__()
-        self.obs_dim, self.action_dim = obs_dim, action_dim
-        self.hidden_sizes, self.mean_bound = list(hidden_sizes), mean_bound
-        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+        self.obs_dim, self.action_dim, self.hidden_sizes = obs_dim, action_dim, list(hidden_sizes)
+        self.mean_bound, self.log_std_min, self.log_std_max = mean_bound, log_std_min, log_std_max
         self.standardize = Standardize(obs_dim)
         self.net = mlp(obs_dim, *hidden_sizes, 2 * action_dim)
-        low = torch.tensor([-mean_bound, log_std_min]).repeat_interleave(action_dim)
-        high = torch.tensor([mean_bound, log_std_max]).repeat_interleave(action_dim)
-        self.register_buffer("center", (low + high) / 2, persistent=False)
-        self.register_buffer("half_range", (high - low) / 2, persistent=False)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.net(self.standardize(obs))
-        bounded = self.center + self.half_range * torch.tanh(x / self.half_range)
-        return bounded.chunk(2, dim=-1)
+        mean, log_std = self.net(self.standardize(obs)).chunk(2, dim=-1)
+        mean = self.mean_bound * torch.tanh(mean / self.mean_bound)
+        middle = (self.log_std_max + self.log_std_min) / 2
+        half_range = (self.log_std_max - self.log_std_min) / 2
+        return mean, middle + half_range * torch.tanh(log_std / half_range)
 
 
 class TwinLinear(nn.Module):
@@ -408,18 +330,16 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     return torch.tanh(pre_tanh), log_prob.sum(dim=-1)
 
 
-# ------------------ CUP: which source to follow at a state, and how far ------------------
+# ----------------------- CUP: which source to follow at a state, and how far -----------------------
 
 
-def expected_advantage(
-    q: Tensor, log_prob: Tensor, alpha: Tensor | float
-) -> tuple[Tensor, Tensor]:
+def expected_advantage(q: Tensor, log_prob: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     """Soft expected advantage of every candidate over the target policy, Eq. 4.
 
-    q, log_prob: (samples, batch, n + 1), of each candidate's own actions, under the
-    target policy's critic and under the candidate; the n sources first, the target policy
-    last. alpha = 0 gives the hard advantage of Appendix B.3. Returns the advantages
-    (batch, n + 1), the target's zero, and the target's soft value V (batch,), Eq. 2.
+    q, log_prob: (samples, batch, n + 1), of each candidate's own actions, under the target
+    policy's critic and under the candidate; the n sources first, the target policy last.
+    alpha = 0 gives the hard advantage of Appendix B.3. Returns the advantages (batch, n + 1),
+    the target's zero, and the target's soft value V (batch,), Eq. 2.
     """
     soft_q = (q - alpha * log_prob).mean(dim=0)  # Monte Carlo, (batch, n + 1)
     value = soft_q[:, -1]  # Eq. 2
@@ -436,23 +356,20 @@ def guidance_policy(advantage: Tensor) -> Tensor:
     return torch.where(best > advantage[:, target], source, target)
 
 
-def guidance_weight(
-    advantage: Tensor, value: Tensor, beta1: float, beta2: float
-) -> Tensor:
+def guidance_weight(advantage: Tensor, value: Tensor, beta1: float, beta2: float) -> Tensor:
     """Eq. 12: beta_s (batch,), from the guidance policy's advantage and V, both (batch,).
 
-    Zero where the target policy is its own guidance: its advantage over itself is zero.
+    Zero where the target policy is its own guidance: its advantage over itself is zero. The cap,
+    by the target policy's value, is for the critic's errors, which make sources look too good.
     """
     return beta1 * torch.minimum(advantage, beta2 * value.abs())
 
 
-def kl_divergence(
-    mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor
-) -> Tensor:
+def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
     """KL(p || q) of two tanh-Gaussians (Eqs. 9, 11), (..., action_dim) -> (...), in nats.
 
-    A KL does not change when both variables go through the same bijection, here the tanh:
-    it is the closed-form KL of the two Gaussians before it.
+    A KL does not change when both variables go through the same bijection, here the tanh: it is
+    the closed-form KL of the two Gaussians before it.
     """
     log_ratio = log_std_p - log_std_q
     distance = (mean_p - mean_q) / log_std_q.exp()
@@ -460,32 +377,73 @@ def kl_divergence(
     return kl.sum(dim=-1)
 
 
-def query_sources(sources: Iterable[Actor], obs: Tensor, args: Args) -> Tensor:
+def guidance_loss(
+    critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
+    source_mean: Tensor, source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor,
+    alpha: Tensor | float, beta1: float, beta2: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
+
+    critic(obs, action) is Q without a last axis of its own. obs (batch, obs_dim); mean, log_std
+    (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
+    log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
+    (batch, n, action_dim). Returns the loss, through mean and log_std, and what there is to log:
+    advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
+    """
+    with torch.no_grad():
+        # the same noise for all candidates: their policies differ, not their luck
+        source_action, source_log_prob = squash(source_mean, source_log_std, noise.unsqueeze(2))
+        source_q = critic(obs.unsqueeze(1).expand(*source_action.shape[:3], -1), source_action)
+        q = torch.cat([source_q, q.unsqueeze(2)], dim=2)  # (samples, batch, n + 1)
+        log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
+        advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
+        guidance = guidance_policy(advantage)  # Eq. 7
+        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
+        row = torch.arange(len(obs), device=obs.device)
+        guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
+        guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
+    kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
+    states = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
+    return (weight * kl).mean(), states
+
+
+def query_sources(sources: Sequence[Actor], obs: Tensor, args: Args) -> Tensor:
     """Mean and log-std of every source at obs (batch, obs_dim): (batch, n, 2, action_dim).
 
-    Bounded, because a source that is nearly deterministic or saturated gives almost no
-    probability to what the target policy does: the KL to it would drown the SAC loss.
+    Bounded, because a source that is nearly deterministic or saturated gives almost no probability
+    to what the target policy does, and the KL to it would drown SAC's loss: it reached 1e11 without
+    bounds and stays near 10 nats with 2.5 for the mean and -1.5 for the log-std.
     """
     dists = []
     for actor in sources:
         mean, log_std = actor(obs)
         mean = mean.clamp(-args.source_mean_bound, args.source_mean_bound)
-        log_std = log_std.clamp(min=args.source_log_std_min)
-        dists.append(torch.stack([mean, log_std], dim=1))
+        dists.append(torch.stack([mean, log_std.clamp(min=args.source_log_std_min)], dim=1))
     return torch.stack(dists, dim=1) if dists else obs.new_empty(len(obs), 0)
+
+
+class Batch(NamedTuple):
+    """A minibatch of transitions, with n sources."""
+
+    obs: Tensor  # (batch, obs_dim)
+    next_obs: Tensor  # (batch, obs_dim)
+    action: Tensor  # (batch, action_dim)
+    reward: Tensor  # (batch,)
+    terminated: Tensor  # (batch,)
+    source_mean: Tensor  # (batch, n, action_dim)
+    source_log_std: Tensor  # (batch, n, action_dim)
 
 
 class ReplayBuffer:
     """The replay buffer D, one preallocated row per transition.
 
-    Beside the state lies what every source would do there (`query_sources`): the sources
-    are frozen, so this is computed once, on arrival, and not in every gradient update.
+    Beside the state lies what every source would do there (`query_sources`): the sources are
+    frozen, so this is computed once, on arrival, and not in every gradient update.
     """
 
     def __init__(self, capacity, obs_dim, action_dim, num_sources, device="cpu"):
         self.source_shape = (num_sources, 2, action_dim)
-        source_width = math.prod(self.source_shape)
-        self.widths = [obs_dim, obs_dim, action_dim, 1, 1, source_width]
+        self.widths = [obs_dim, obs_dim, action_dim, 1, 1, math.prod(self.source_shape)]
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.size = self.position = 0
 
@@ -498,105 +456,117 @@ class ReplayBuffer:
         self.position = (self.position + len(row)) % len(self.rows)
         self.size = min(self.size + len(row), len(self.rows))
 
-    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
-        """A uniform minibatch, in the order of `add`.
+    def state_dict(self) -> dict:
+        # by way of numpy, or torch would save the unused rows as well
+        rows = torch.from_numpy(self.rows.cpu().numpy()[: self.size])
+        return {"rows": rows, "position": self.position}
 
-        obs, next_obs (batch, obs_dim); action (batch, action_dim); reward, terminated
-        (batch,); then the sources' mean and log-std, (batch, n, action_dim) each.
-        """
+    def load_state_dict(self, state: dict) -> None:
+        self.size, self.position = len(state["rows"]), state["position"]
+        self.rows[: self.size] = state["rows"]
+
+    def obs(self) -> Tensor:
+        """All states in it, (size, obs_dim)."""
+        return self.rows[: self.size, : self.widths[0]]
+
+    def sample(self, batch_size: int) -> Batch:
+        """A uniform minibatch."""
         index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        columns = self.rows[index].split(self.widths, dim=1)
-        obs, next_obs, action, reward, terminated, source_dist = columns
+        obs, next_obs, action, reward, terminated, source_dist = (
+            self.rows[index].split(self.widths, dim=1)
+        )
+        source_mean, source_log_std = source_dist.unflatten(1, self.source_shape).unbind(2)
         scalars = reward.squeeze(1), terminated.squeeze(1)
-        source_dist = source_dist.unflatten(1, self.source_shape)
-        return obs, next_obs, action, *scalars, *source_dist.unbind(2)
+        return Batch(obs, next_obs, action, *scalars, source_mean, source_log_std)
 
 
-# --------------------------------- the update (Alg. 1) ---------------------------------
+# --------------------------------------- the update (Alg. 1) ---------------------------------------
 
 
-class Agent:
+class Agent(nn.Module):
     """Actor, twin critic, entropy weight, and one optimiser for each."""
 
-    MODULES = ("actor", "critic", "target_critic")
-    MODULES += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
-
-    def __init__(self, args: Args, obs_dim: int, action_dim: int, device="cpu"):
-        self.args, self.target_entropy = args, -float(action_dim)
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
+        super().__init__()
+        self.args, self.sources, self.target_entropy = args, sources, -float(action_dim)
         sizes = obs_dim, action_dim, args.hidden_sizes
         self.actor = Actor(*sizes).to(device)
         self.critic = SoftQNetwork(*sizes).to(device)
         self.target_critic = SoftQNetwork(*sizes).to(device).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
-        log_alpha = torch.tensor(math.log(args.init_alpha), device=device)
-        self.log_alpha = nn.Parameter(log_alpha)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha), device=device))
         adam = torch.optim.Adam
         self.actor_optimizer = adam(self.actor.parameters(), args.policy_lr, fused=True)
         self.critic_optimizer = adam(self.critic.parameters(), args.q_lr, fused=True)
         self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr, fused=True)
+        self.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, len(sources), device)
+        self.metrics = ["loss/critic", "loss/actor", "alpha", "entropy"]  # what `update` returns
+        if sources:
+            self.metrics += ["loss/kl", "guidance/weight", "guidance/kl"]
+            for kind in ("selected", "advantage"):
+                self.metrics += [f"guidance/{kind}/{name}" for name in (*sources, "target")]
 
-    def update(self, batch: Sequence[Tensor], guide: bool = True) -> dict[str, Tensor]:
-        """One gradient step of Alg. 1 on a minibatch of `ReplayBuffer.sample`.
+    @torch.no_grad()
+    def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
+        """Sampled actions (num_envs, action_dim) at obs (num_envs, obs_dim), so far in episodes."""
+        mean, log_std = self.actor(obs)
+        return squash(mean, log_std, torch.randn_like(mean))[0]
 
-        Without sources, or with guide=False, it is SAC. Returns what there is to log:
-        the losses, alpha and entropy (scalars), and with guidance `guidance`, `weight`,
-        `kl` (batch,) and `advantage` (batch, n + 1).
+    def store(self, obs, action, next_obs, reward, terminated) -> None:
+        """Put transitions into the replay buffer, one of each environment."""
+        source_dist = query_sources(self.sources.values(), obs, self.args)
+        self.buffer.add(obs, next_obs, action, reward, terminated, source_dist)
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, alpha: Tensor) -> Tensor:
+        """r + gamma V(s'), (batch,), with V by the target critic, Eq. 2."""
+        mean, log_std = self.actor(batch.next_obs)
+        action, log_prob = squash(mean, log_std, torch.randn_like(mean))
+        next_value = self.target_critic(batch.next_obs, action).amin(dim=0) - alpha * log_prob
+        # `terminated`, not `truncated`: after a time limit there would be more to come
+        return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
+
+    def update(self, batch: Batch, guide: bool = True) -> dict[str, Tensor]:
+        """One gradient step of Alg. 1. Returns scalars under the names that are logged.
+
+        With guide=False, with --beta1 0 or without sources it is SAC, bit for bit.
         """
         args = self.args
-        obs, next_obs, action, reward, terminated, source_mean, source_log_std = batch
         alpha = self.log_alpha.detach().exp()
 
         # ---- critic: L_critic, Eq. 3
-        with torch.no_grad():
-            mean, log_std = self.actor(next_obs)
-            next_action, log_prob = squash(mean, log_std, torch.randn_like(mean))
-            next_q = self.target_critic(next_obs, next_action).amin(dim=0)
-            next_value = next_q - alpha * log_prob  # Eq. 2
-            # `terminated`, not `truncated`: after a time limit there would be more to come
-            td_target = reward + args.gamma * (1 - terminated) * next_value  # (batch,)
-        q = self.critic(obs, action)  # (2, batch)
-        critic_loss = (q - td_target).square().mean(dim=1).sum()
+        td_target = self.td_target(batch, alpha)
+        td_error = self.critic(batch.obs, batch.action) - td_target  # (2, batch)
+        critic_loss = td_error.square().mean(dim=1).sum()
         self.critic_optimizer.zero_grad()
         critic_loss.backward()
         self.critic_optimizer.step()
 
         # ---- actor: L_actor, Eq. 3
-        guide = guide and source_mean.shape[1] > 0
+        guide = guide and len(self.sources) > 0
         samples = args.num_guidance_samples if guide else 1
-        mean, log_std = self.actor(obs)
+        mean, log_std = self.actor(batch.obs)
         noise = torch.randn(samples, *mean.shape, device=mean.device)
         action, log_prob = squash(mean, log_std, noise)
-        q = self.critic(obs.expand(samples, -1, -1), action).amin(dim=0)
+        q = self.min_q(batch.obs.expand(samples, -1, -1), action)
         actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
-        info["alpha"] = alpha
 
         # ---- guidance: the KL term of L_CUP, Eq. 11
         if guide:
-            with torch.no_grad():
-                # the same noise for all candidates: their policies differ, not their luck
-                source = squash(source_mean, source_log_std, noise.unsqueeze(2))
-                source_action, source_log_prob = source  # (samples, batch, n, ...)
-                source_obs = obs.unsqueeze(1).expand(*source_action.shape[:3], -1)
-                # the Q that the actor climbs; where the twins disagree, it is in doubt
-                source_q = self.critic(source_obs, source_action).amin(dim=0)
-                advantage, value = expected_advantage(  # Eq. 4
-                    torch.cat([source_q, q.unsqueeze(2)], dim=2),
-                    torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2),
-                    alpha if args.soft_advantage else 0.0,
-                )
-                guidance = guidance_policy(advantage)  # Eq. 7
-                best = advantage.amax(dim=1)
-                beta = guidance_weight(best, value, args.beta1, args.beta2)  # Eq. 12
-                row = torch.arange(len(obs), device=obs.device)
-                means = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)
-                log_stds = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)
-                chosen = means[row, guidance], log_stds[row, guidance]
-            kl = kl_divergence(mean, log_std, *chosen)  # (batch,)
-            kl_loss = (beta * kl).mean()
-            actor_loss = actor_loss + kl_loss  # Eq. 11
-            info |= {"loss/kl": kl_loss.detach(), "weight": beta, "kl": kl.detach()}
-            info |= {"guidance": guidance, "advantage": advantage}
+            kl_loss, states = guidance_loss(
+                self.min_q, batch.obs, mean, log_std, batch.source_mean, batch.source_log_std,
+                noise, q, log_prob, alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
+            )
+            actor_loss = actor_loss + kl_loss
+            info["loss/kl"] = kl_loss.detach()
+            info["guidance/weight"] = states["weight"].mean()
+            info["guidance/kl"] = states["kl"].mean()
+            advantages = states["advantage"].mean(dim=0)  # (n + 1,)
+            selected = F.one_hot(states["guidance"], len(advantages)).float().mean(dim=0)
+            for k, name in enumerate((*self.sources, "target")):
+                info[f"guidance/selected/{name}"] = selected[k]
+                info[f"guidance/advantage/{name}"] = advantages[k]
 
         self.actor_optimizer.zero_grad()
         # through the critic, but not into it: its own gradients would be thrown away
@@ -604,7 +574,7 @@ class Agent:
         self.actor_optimizer.step()
 
         # ---- entropy weight: L_entropy, Eq. 3
-        entropy = info["entropy"] = -log_prob.detach().mean()
+        entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
@@ -612,618 +582,421 @@ class Agent:
 
         # ---- target critic
         with torch.no_grad():
-            parameters = self.target_critic.parameters(), self.critic.parameters()
-            for target, online in zip(*parameters, strict=True):
+            for target, online in zip(self.target_critic.parameters(), self.critic.parameters()):
                 target.lerp_(online, args.tau)
-        return info
+        return info | {"alpha": alpha, "entropy": entropy}
 
-    def standardize(self, obs: Tensor) -> None:
-        """Fix how the networks see observations, by the statistics of obs (n, obs_dim)."""
+    def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
+        """The smaller Q of the twins, (...): the one that SAC's actor climbs."""
+        return self.critic(obs, action).amin(dim=0)
+
+    def standardize(self) -> None:
+        """Fix how the networks see observations, by the states in the replay buffer."""
         for network in (self.actor, self.critic, self.target_critic):
-            network.standardize.fit(obs)
+            network.standardize.fit(self.buffer.obs())
 
-    def state_dict(self) -> dict:
-        """Everything that training changes."""
-        modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
-        return modules | {"log_alpha": self.log_alpha.detach()}
+    def get_extra_state(self) -> dict:
+        """What `state_dict` has beside the networks, so that it is all there is to go on with."""
+        parts = "actor_optimizer", "critic_optimizer", "alpha_optimizer", "buffer"
+        return {name: getattr(self, name).state_dict() for name in parts}
 
-    def load_state_dict(self, state: dict) -> None:
-        for name in self.MODULES:
-            getattr(self, name).load_state_dict(state[name])
-        self.log_alpha.data.copy_(state["log_alpha"])
+    def set_extra_state(self, state: dict) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
 
 
-# ---------------------------------------- files ----------------------------------------
+# ----------------------------------------- policy files -----------------------------------------
 
 
 def save(content: dict, path: Path) -> None:
     """torch.save, then rename: `path` holds the old content or the new, never a half."""
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-        os.replace(temporary, path)
+        torch.save(content, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
     except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0]
-        problem = f"cannot write {path} ({reason}); what it held is intact"
-        raise RunError(problem) from None
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); what it held is intact") from error
 
 
-def policy_file(actor: Actor, **about) -> dict:
-    """The content of a policy file: how to build the actor, `about` it, its weights."""
-    names = list(inspect.signature(Actor).parameters)
-    weights = {name: w.detach().cpu() for name, w in actor.state_dict().items()}
-    return {"actor": {n: getattr(actor, n) for n in names}, **about, "weights": weights}
+def policy_content(actor: Actor, **about) -> dict:
+    """What a policy file holds, as torch.save writes it.
+
+    `actor`: the arguments of `Actor`. `weights`: "standardize.shift", "standardize.scale"
+    (obs_dim,), then "net.0.weight" (hidden, obs_dim), "net.0.bias" and so on by twos, with ReLU
+    between; the last layer's rows are the means', then the log-stds', before they are bounded.
+    The rest is `about` the policy: env_id, step, return, success_rate.
+    """
+    names = ("obs_dim", "action_dim", "hidden_sizes", "mean_bound", "log_std_min", "log_std_max")
+    weights = {name: tensor.detach().cpu() for name, tensor in actor.state_dict().items()}
+    return {"actor": {name: getattr(actor, name) for name in names}, **about, "weights": weights}
 
 
 def build_actor(content: dict) -> Actor:
-    """The frozen actor of a policy file's content, which stays with it as `about`."""
-    actor = Actor(**content["actor"])
-    actor.load_state_dict(content["weights"])
-    actor.about = {n: v for n, v in content.items() if n not in ("actor", "weights")}
+    """The frozen actor of a policy file's content; `about` is what the file says of itself."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        actor = Actor(**content["actor"])
+    weights = {name: tensor.float() for name, tensor in content["weights"].items()}
+    actor.load_state_dict(weights, assign=True)
+    actor.about = {k: v for k, v in content.items() if k not in ("actor", "weights")}
     return actor.requires_grad_(False)
 
 
 def load_policy(path: str | Path) -> Actor:
-    """The frozen actor of a policy file: `mean, log_std = actor(obs)`, before the tanh.
+    """The frozen actor of a policy file: `mean, log_std = actor(obs)`, both before the tanh.
 
-    Nothing in the file is executed. Raises UserError, a sentence, for anything but a
-    whole and finite policy; what the file says of itself is in `actor.about`.
+    Nothing in the file is executed. Raises UserError for anything but a whole, finite policy.
     """
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load skips the checksums
             raise ValueError(f"{damaged} in it is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = content["actor"], content["weights"]
-        room = os.path.getsize(path)
-        if not isinstance(config, dict) or not isinstance(weights, dict):
-            raise TypeError("architecture and weights must be dictionaries")
-        sizes = [config["obs_dim"], *config["hidden_sizes"], 2 * config["action_dim"]]
-        # nothing is built or read that the file would be too small to hold
-        num_weights = sum(fan_in * fan_out for fan_in, fan_out in pairwise(sizes))
-        stored = max(
-            sum(w.untyped_storage().nbytes() for w in weights.values()),
-            sum(w.nbytes for w in weights.values()),  # an expanded tensor claims more
-        )
-        if min(sizes) < 1 or 4 * num_weights > room or stored > room:
-            raise ValueError(f"layer sizes {sizes} do not fit it")
-        bounds = [config[n] for n in ("mean_bound", "log_std_min", "log_std_max")]
-        if not (0 < bounds[0] <= 100 and -20 <= bounds[1] < bounds[2] <= 20):
-            raise ValueError(f"bounds {bounds} are out of range")
-        plain = torch.float32, torch.strided, torch.device("cpu")
-        for w in weights.values():
-            # beyond a million, finite weights could add up to infinity
-            if (w.dtype, w.layout, w.device) != plain or not (w.abs() < 1e6).all():
-                raise ValueError("a weight is not a number of a sensible size")
-        return build_actor(content)
+        actor = build_actor(torch.load(path, map_location="cpu", weights_only=True))
+        if not all(tensor.isfinite().all() for tensor in actor.state_dict().values()):
+            raise ValueError("a weight is not finite")
+        return actor
     except FileNotFoundError:
-        problem = f"there is no policy file {path}: see sources/ for some"
-        raise UserError(problem) from None
-    except Exception as error:  # noqa: BLE001, a stranger's file may raise anything
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        raise UserError(f"{path} is not a policy file of cup.py ({reason})") from None
+        raise UserError(f"there is no policy file {path}: see sources/ for some") from None
+    except Exception as error:  # whatever else is wrong with the file
+        reason = "it holds code" if isinstance(error, pickle.UnpicklingError) else repr(error)
+        raise UserError(f"{path} is not a policy file: {reason}") from error
 
 
 def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
-    """Source policies by name. Raises UserError for one that does not fit the task."""
-    sources = {}
-    for path in args.sources:
+    """Source policies by name. Raises UserError for one that does not fit the task.
+
+    It draws none of the run's random numbers: with the same seed, CUP and SAC begin with the
+    same networks, the same random actions and the same goals.
+    """
+    sources, random_names = {}, [f"random-{k + 1}" for k in range(args.num_random_sources)]
+    for path in map(Path, args.sources):
         actor = load_policy(path)
-        if (actor.obs_dim, actor.action_dim) != (obs_dim, action_dim):
-            raise UserError(
-                f"source {path} has observation size {actor.obs_dim} and action size "
-                f"{actor.action_dim}, but {args.env_id} has {obs_dim} and {action_dim}: "
-                "name others, or none (--sources with nothing after it)"
-            )
-        name = Path(path).stem
-        sources[name if name not in sources else f"{name}-{len(sources) + 1}"] = actor
-    for k in range(args.num_random_sources):
-        actor = Actor(obs_dim, action_dim, args.hidden_sizes)
-        sources[f"random-{k + 1}"] = actor.requires_grad_(False)
+        theirs, ours = (actor.obs_dim, actor.action_dim), (obs_dim, action_dim)
+        if theirs != ours:
+            sizes = f"{path} has observations and actions of sizes {theirs}, {args.env_id} {ours}"
+            raise UserError(f"{sizes}: name other sources, or none (--sources alone)")
+        # runs/x/policy.pt goes by the name of its run; a name that is taken gets a number
+        name = stem = path.absolute().parent.name if path.stem == "policy" else path.stem
+        while name in (*sources, *random_names, "target"):
+            name = f"{stem}-{int(name[len(stem) + 1 :] or 1) + 1}"
+        sources[name] = actor
+    for k, name in enumerate(random_names):
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(args.seed, 3, k))
+            sources[name] = Actor(obs_dim, action_dim, args.hidden_sizes).requires_grad_(False)
     return sources
 
 
-class Run:
-    """A run directory: args.json, metrics.csv, policy.pt, checkpoint.pt; and the display."""
-
-    def __init__(self, args: Args, sources: dict[str, Actor], checkpoint: dict | None):
-        self.args, self.dir = args, Path(args.run_dir)
-        self.candidates = [*sources, "target"] if sources else []
-        self.writer = self.wandb = None
-        if not checkpoint and self.dir.exists():
-            problem = f"run directory {self.dir} already exists: --resume {self.dir} "
-            problem += "goes on with it, or choose another --run-dir"
-            raise UserError(problem)
-        try:
-            if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-            if args.track:
-                import wandb
-
-                about = {"id": self.dir.name, "resume": "allow", "config": asdict(args)}
-                self.wandb = wandb.init(project="cup", **about)
-        except ImportError:
-            flag, name = ("track", "wandb") if args.track else ("tensorboard",) * 2
-            raise UserError(f"--{flag} needs a package: pip install {name}") from None
-        except Exception as error:  # noqa: BLE001, W&B has its own for every trouble
-            raise UserError(f"--track: {error}") from None
-        try:
-            self.dir.mkdir(parents=True, exist_ok=bool(checkpoint))
-        except OSError as error:
-            raise UserError(f"cannot create the run directory: {error}") from None
-        self.metrics = open(self.dir / "metrics.csv", "a", newline="")  # noqa: SIM115
-        try:  # a lock that goes with this process, however it ends
-            fcntl.lockf(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            problem = f"another run writes to {self.dir}: choose another"
-            raise UserError(problem) from None
-        step, seconds = 0, 0.0
-        if checkpoint:
-            step, seconds = checkpoint["step"], checkpoint["seconds"]
-            # rows from after the checkpoint will be written again
-            self.metrics.truncate(min(self.metrics.tell(), checkpoint["metrics_bytes"]))
-            self.metrics.seek(0, os.SEEK_END)
-        self.start, self.last_log = time.time() - seconds, (time.time(), step)
-        packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
-        versions = {"python": platform.python_version()}
-        versions |= {package: version(package) for package in packages}
-        about = json.dumps({"args": asdict(args), "versions": versions}, indent=2)
-        (self.dir / "args.json").write_text(about + "\n")
-        columns = "step time/seconds time/steps_per_second"
-        columns += " train/return train/success_rate"
-        columns += " eval/return eval/success_rate"
-        columns += " loss/critic loss/actor loss/kl alpha entropy"
-        if sources:
-            columns += " guidance/weight guidance/kl"
-        columns = columns.split()
-        for kind in ("selected", "advantage"):
-            columns += [f"guidance/{kind}/{name}" for name in self.candidates]
-        self.csv = csv.DictWriter(self.metrics, columns, restval="")
-        if self.metrics.tell() == 0:
-            self.csv.writeheader()
-        if args.tensorboard:
-            self.writer = SummaryWriter(str(self.dir), purge_step=step)
-
-    def log(self, step: int, recent: Sequence, info: dict, evaluation: dict) -> None:
-        """Write one row. `info`: what the last `Agent.update` returned."""
-        self.check_losses(step, info)
-        now, (last_time, last_step) = time.time(), self.last_log
-        self.last_log = now, step
-        seconds = now - last_time - evaluation.get("seconds", 0.0)
-        rate = (step - last_step) / max(seconds, 1e-9)
-        row = {"step": step, "time/seconds": round(now - self.start, 1)}
-        row["time/steps_per_second"] = round(rate, 1)
-        # the losses, alpha and entropy; the rest is one number a state
-        row |= {name: value.item() for name, value in info.items() if value.ndim == 0}
-        if "guidance" in info:
-            advantage = info["advantage"].mean(dim=0).tolist()
-            for k, name in enumerate(self.candidates):
-                share = (info["guidance"] == k).float().mean().item()
-                row[f"guidance/selected/{name}"] = share
-                row[f"guidance/advantage/{name}"] = advantage[k]
-            row["guidance/weight"] = info["weight"].mean().item()
-            row["guidance/kl"] = info["kl"].mean().item()
-        if recent:
-            episodes = np.mean(recent, axis=0).tolist()
-            row["train/return"], row["train/success_rate"] = episodes
-        for name in ("return", "success_rate") if evaluation else ():
-            row[f"eval/{name}"] = evaluation[name]
-        row = {name: value for name, value in row.items() if not math.isnan(value)}
-        self.csv.writerow(row)
-        self.metrics.flush()
-        if self.writer:
-            for name, value in row.items():
-                self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(row, step=step)
-        self.show(row, keep=bool(evaluation))
-
-    def check_losses(self, step: int, info: dict) -> None:
-        for name, value in info.items():
-            if name.startswith("loss/") and not math.isfinite(value):
-                problem = f"{name} is {value:.0f} at step {step:,}: stopped; "
-                raise RunError(f"{problem}{self.dir}/checkpoint.pt is from before")
-
-    def show(self, row: dict, keep: bool) -> None:
-        """A line overwritten in place on a terminal; elsewhere, one per evaluation."""
-        total, rate = self.args.total_timesteps, max(row["time/steps_per_second"], 0.1)
-        left = timedelta(seconds=round(min(max(total - row["step"], 0) / rate, 1e9)))
-        done = f"{self.args.env_id} {row['step']:,}/{total:,}"
-        line = f"{done}, {rate:.0f}/s, {left} left"
-        for kind in ("train", "eval"):
-            if f"{kind}/return" in row:
-                line += f" | {kind} return {row[f'{kind}/return']:.1f}"
-            if f"{kind}/success_rate" in row:
-                line += f" success {row[f'{kind}/success_rate']:.0%}"
-        if "guidance/kl" in row:
-            share = {name: row[f"guidance/selected/{name}"] for name in self.candidates}
-            guides = sorted(share, key=share.get, reverse=True)
-            line += " | guides: " + ", ".join(f"{n} {share[n]:.0%}" for n in guides)
-        if sys.stdout.isatty():
-            width = os.get_terminal_size().columns - 1
-            line = line.ljust(width) + "\n" if keep else line[:width].ljust(width)
-            print("\r" + line, end="", flush=True)
-        elif keep:
-            print(line, flush=True)
-
-    def save_checkpoint(self, **state) -> None:
-        state |= {"args": asdict(self.args), "seconds": time.time() - self.start}
-        state |= {"metrics_bytes": self.metrics.tell()}
-        save(state, self.dir / "checkpoint.pt")
-
-
-# ------------------------------- evaluation and training -------------------------------
+# ----------------------------------- evaluation and training -----------------------------------
 
 
 @torch.no_grad()
-def evaluate(actor, envs, episodes: int, first_episode=0, sample=False) -> dict:
-    """Play episodes with the mean action, or with sampled ones.
+def evaluate(
+    actor: Actor, envs: gym.vector.SyncVectorEnv, episodes: int, first_episode: int = 0,
+    sample: bool = False, stop: Event | None = None, frames: list | None = None,
+) -> np.ndarray:
+    """Return and success (2, episodes) of the mean action, or of sampled ones, unless stopped.
 
-    `first_episode` chooses the goals. Every environment plays a fixed share of the
-    episodes, so that short ones do not crowd out long ones. Returns arrays: `return` and
-    `success` (episodes,), `log_std` and `saturated`, the share of |action| > 0.99, (steps,).
+    `first_episode` chooses the goals. Every environment plays a fixed share of the episodes, so
+    that short ones do not crowd out long ones. `frames` receives pictures of the first.
     """
-    n, device = envs.num_envs, next(actor.parameters()).device
-    todo = [len(range(index, episodes, n)) for index in range(n)]
-    results = {"return": [], "success": [], "log_std": [], "saturated": []}
-    envs.call("set_attr", "resume_from", [(first_episode, ())] * n)
-    obs, _ = envs.call("reset")
-    while any(todo):
-        mean, log_std = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
+    device, results = next(actor.parameters()).device, []
+    todo = [len(range(index, episodes, envs.num_envs)) for index in range(envs.num_envs)]
+    for env in envs.envs:
+        env.start_at = (first_episode, ())
+    obs, _ = envs.reset()
+    while any(todo) and not (stop and stop.is_set()):
+        if frames is not None:
+            frames.append(envs.envs[0].render())
+        mean, log_std = actor(torch.as_tensor(obs, device=device))
         noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
-        action = torch.tanh(mean + log_std.exp() * noise)
-        results["log_std"].append(log_std.mean().item())
-        results["saturated"].append((action.abs() > 0.99).float().mean().item())
-        step = envs.call("step", action.cpu().numpy())
-        obs, _, terminated, truncated, infos = step
+        action, _ = squash(mean, log_std, noise)
+        obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
         for index in np.flatnonzero(terminated | truncated):
             if todo[index]:
                 todo[index] -= 1
-                for name in ("return", "success"):
-                    results[name].append(infos["final_info"][name][index])
-    return {name: np.array(values) for name, values in results.items()}
+                results.append([infos["final_info"][name][index] for name in ("return", "success")])
+    return np.array(results, np.float64).reshape(-1, 2).T
 
 
-def spare_the_processor() -> None:
-    """Two settings of this process that save a tenth of the time and change no number."""
-    # Adam's moments of idle weights fade to below 1e-38, where processors are slow
-    torch.set_flush_denormal(True)
-    if sys.platform == "linux":
-        # glibc: keep freed memory; to fetch pages for every large tensor takes longer
-        # than to fill them
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_trim_threshold, 2**28)
-        libc.mallopt(m_mmap_threshold, 2**25)
+def load_checkpoint(args: Args, run_dir: Path) -> dict:
+    """The checkpoint to go on with; empty for a new run. Raises UserError if it does not fit."""
+    path = run_dir / "checkpoint.pt"
+    if run_dir.exists() and not args.resume:
+        raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
+    if not path.exists():
+        return {}
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        before = checkpoint["args"]
+    except Exception as error:  # whatever is wrong with the file
+        raise UserError(f"{path} is no checkpoint of cup.py ({type(error).__name__})") from error
+    free = {"total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
+            "tensorboard", "track"}
+    for name, value in asdict(args).items():
+        if name not in free and before.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{run_dir} was started with {flag} {before.get(name)}, not {value}")
+    return checkpoint
 
 
-def train(args: Args, checkpoint: dict | None = None) -> None:
-    """Alg. 1, from the start or from a checkpoint."""
+class Run:
+    """A run directory: args.json, metrics.csv, checkpoint.pt; and the line of progress."""
+
+    def __init__(self, args: Args, run_dir: Path, metrics: list[str], checkpoint: dict):
+        self.args, self.dir, self.tensorboard = args, run_dir, None
+        self.wandb_id, self.start = checkpoint.get("wandb_id"), time.time()
+        self.start -= checkpoint.get("seconds", 0.0)
+        packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
+        about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
+        columns = ["step", "time/seconds", "time/steps_per_second", "train/return"]
+        columns += ["train/success_rate", "eval/return", "eval/success_rate", *metrics]
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+            self.file = open(run_dir / "metrics.csv", "a", newline="")
+            if args.track:
+                import wandb
+
+                options = {"id": self.wandb_id, "name": run_dir.name, "config": about["args"]}
+                wandb.init(project="cup", resume="allow", sync_tensorboard=True, **options)
+                self.wandb_id = wandb.run.id
+            if args.tensorboard or args.track:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(run_dir, purge_step=checkpoint.get("step"))
+        except (ImportError, OSError) as error:
+            raise UserError(f"cannot log to {run_dir}: {error}") from error
+        self.csv = csv.DictWriter(self.file, columns, restval="")
+        # rows from after the checkpoint will be written again
+        self.file.truncate(checkpoint.get("metrics_bytes", 0))
+        if not checkpoint:
+            self.csv.writeheader()
+
+    def check(self, step: int, info: dict) -> dict[str, float]:
+        """The last update's scalars as numbers. Raises UserError if one is not finite."""
+        info = {name: float(value) for name, value in info.items()}
+        for name, value in info.items():
+            if not math.isfinite(value):
+                problem = f"{name} is {value} at step {step:,}: stopped"
+                raise UserError(f"{problem}; {self.dir}/checkpoint.pt is from before")
+        return info
+
+    def log(self, row: dict[str, float]) -> None:
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        self.csv.writerow(row)
+        self.file.flush()
+        if self.tensorboard:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(name, value, row["step"])
+        # on a terminal a line that the next one overwrites; elsewhere, one per evaluation
+        rate, total = row["time/steps_per_second"], self.args.total_timesteps
+        left = timedelta(seconds=round((total - row["step"]) / max(rate, 0.1)))
+        line = f"{self.args.env_id} {row['step']:,}/{total:,}, {rate:.0f}/s, {left} left"
+        for name, value in row.items():
+            if name.startswith(("train/", "eval/", "guidance/selected/")):
+                line += f" | {name.removeprefix('guidance/selected/')} {value:.4g}"
+        if sys.stdout.isatty():
+            width = os.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="\n" * ("eval/return" in row), flush=True)
+        elif "eval/return" in row:
+            print(line, flush=True)
+
+    def save(self, **state) -> None:
+        state |= {"args": asdict(self.args), "wandb_id": self.wandb_id}
+        state |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.start}
+        save(state, self.dir / "checkpoint.pt")
+
+
+def train(args: Args, agent_class: type[Agent] = Agent) -> None:
+    """Alg. 1, from the start or from a checkpoint; another method brings its own agent."""
+    method = "cup" if args.sources or args.num_random_sources else "sac"
+    method = method if agent_class is Agent else agent_class.__name__.lower()
+    name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{method}__{args.seed}")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    checkpoint = load_checkpoint(args, run_dir)
+    if checkpoint and checkpoint["logged"] >= args.total_timesteps:
+        print(f"{run_dir} is finished: a larger --total-timesteps goes on with it")
+        return
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # Adam's moments fade to where processors are slow
     torch.manual_seed(args.seed)
-    stop_signals: list[int] = []  # the first lets the step finish, a second does not
+    stop = Event()
 
     def on_signal(number, _):
-        if stop_signals:
-            sys.exit(128 + number)
-        stop_signals.append(number)
+        stop.set()  # after the present step; a second signal ends the run at once
+        signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
-    with contextlib.ExitStack() as stack:
-        # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
-        envs = VectorEnv(args.env_id, args.num_envs, args.seed, 0)
-        stack.callback(envs.close)
-        eval_envs = VectorEnv(args.env_id, args.num_envs, args.seed, 1)
-        stack.callback(eval_envs.close)
-        obs_dim, action_dim = envs.obs_dim, envs.action_dim
-        spare_the_processor()  # not before: the environments would inherit it
+    # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
+    envs = make_envs(args.env_id, args.num_envs, args.seed, 0)
+    eval_envs = make_envs(args.env_id, args.num_envs, args.seed, 1)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    if checkpoint:
+        sources = {name: build_actor(content) for name, content in checkpoint["sources"].items()}
+    else:
+        sources = load_sources(args, obs_dim, action_dim)
+    sources = {name: actor.to(device) for name, actor in sources.items()}
+    agent = agent_class(args, obs_dim, action_dim, sources, device)
+    step, logged = 0, 0  # environment steps so far, and those at the last row of metrics.csv
+    info: dict[str, Tensor] = {}  # of the last update
+    recent = deque(maxlen=20)  # return and success of the last training episodes
+    if checkpoint:
+        step, logged, info = checkpoint["step"], checkpoint["logged"], checkpoint["info"]
+        recent.extend(checkpoint["recent"])
+        agent.load_state_dict(checkpoint["agent"])
+        torch.set_rng_state(checkpoint["rng_state"])
+        if args.cuda and checkpoint["cuda_rng_state"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
+        for env, (episode, actions) in zip(envs.envs, checkpoint["episodes"], strict=True):
+            env.start_at = (episode, actions.numpy())
+    obs = torch.as_tensor(envs.reset()[0], device=device)
+    run = Run(args, run_dir, agent.metrics, checkpoint)
+    last_time, last_step = time.time(), step
+    print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
 
-        try:
-            if checkpoint:
-                stored = checkpoint["sources"].items()
-                sources = {name: build_actor(content) for name, content in stored}
-            else:
-                sources = load_sources(args, obs_dim, action_dim)
-            sources = {name: actor.to(device) for name, actor in sources.items()}
-            sizes = args.buffer_size, obs_dim, action_dim, len(sources)
-            buffer = ReplayBuffer(*sizes, device)
-            agent = Agent(args, obs_dim, action_dim, device)
-        except (RuntimeError, TypeError):  # PyTorch's words for too little memory
-            problem = "too little memory for --buffer-size or --hidden-sizes"
-            raise UserError(f"{problem}: lower them") from None
-        step, recent = 0, deque(maxlen=20)  # return and success of the last 20 episodes
-        # number of each environment's present episode, and its actions (SeededEpisodes)
-        episodes, actions = [0] * args.num_envs, [[] for _ in range(args.num_envs)]
-        if checkpoint:
-            step, episodes = checkpoint["step"], checkpoint["episodes"]
-            recent.extend(checkpoint["recent"])
-            actions = [list(a.numpy()) for a in checkpoint["episode_actions"]]
-            unfinished = list(zip(episodes, actions, strict=True))
-            envs.call("set_attr", "resume_from", unfinished)
-            agent.load_state_dict(checkpoint["agent"])
-            buffer.size = len(checkpoint["buffer"])
-            buffer.rows[: buffer.size] = checkpoint["buffer"]
-            buffer.position = checkpoint["buffer_position"]
-            torch.set_rng_state(checkpoint["rng_state"])
-            if args.cuda:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
+    def save_checkpoint():
+        actions = [np.array(env.actions, np.float32).reshape(-1, action_dim) for env in envs.envs]
+        episodes = [env.episode for env in envs.envs]
+        run.save(
+            step=step,
+            logged=logged,
+            info=run.check(step, info),
+            recent=list(recent),
+            agent=agent.state_dict(),
+            sources={name: policy_content(actor) for name, actor in sources.items()},
+            episodes=list(zip(episodes, map(torch.from_numpy, actions), strict=True)),
+            rng_state=torch.get_rng_state(),
+            cuda_rng_state=torch.cuda.get_rng_state() if args.cuda else None,
+        )
 
-        def save_checkpoint():
-            run.check_losses(step, info)
-            so_far = [np.array(a, np.float32).reshape(-1, action_dim) for a in actions]
-            run.save_checkpoint(
-                step=step,
-                episodes=episodes,
-                episode_actions=[torch.from_numpy(a) for a in so_far],
-                recent=list(recent),
-                agent=agent.state_dict(),
-                # by way of numpy, or torch would save the buffer's unused rows as well
-                buffer=torch.from_numpy(buffer.rows.cpu().numpy()[: buffer.size]),
-                buffer_position=buffer.position,
-                sources={name: policy_file(actor) for name, actor in sources.items()},
-                rng_state=torch.get_rng_state(),
-                cuda_rng_state=torch.cuda.get_rng_state() if args.cuda else None,
-            )
+    def due(interval):  # was a multiple of `interval` among the steps just taken?
+        return step // interval > (step - args.num_envs) // interval
 
-        def due(interval):  # was a multiple of `interval` among the steps just taken?
-            return step // interval > (step - args.num_envs) // interval
-
-        def tensor(array):
-            return torch.as_tensor(array, dtype=torch.float32, device=device)
-
-        @contextlib.contextmanager
-        def saving_when_the_environment_fails():
-            try:
-                yield
-            except EnvironmentFault as error:
-                save_checkpoint()
-                message = f"environment failed at step {step:,}: {error}"
-                raise RunError(message) from None
-
-        info: dict[str, Tensor] = {}
-        obs = tensor(envs.call("reset")[0])
-        run = Run(args, sources, checkpoint)  # what can go wrong at once has not
-        method = f"CUP with {', '.join(sources)}" if sources else "SAC, no sources"
-        print(f"{args.env_id}, {method}; writing to {run.dir}", flush=True)
-        if not checkpoint:
-            save_checkpoint()  # from now on the run can be resumed
-        stack.enter_context(saving_when_the_environment_fails())
-        while step < args.total_timesteps and not stop_signals:
-            # ---- act; the environments then step while the networks learn
-            with torch.no_grad():
-                if step < args.learning_starts:
-                    shape = args.num_envs, action_dim
-                    action = 2 * torch.rand(shape, device=device) - 1
-                else:
-                    mean, log_std = agent.actor(obs)
-                    action, _ = squash(mean, log_std, torch.randn_like(mean))
-            numpy_action = action.cpu().numpy()
-            envs.send("step", numpy_action)
-            source_dist = query_sources(sources.values(), obs, args)
-
-            # ---- learn
-            if step < args.learning_starts <= step + args.num_envs:  # once
-                agent.standardize(buffer.rows[: buffer.size, :obs_dim])
-            before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-            step += args.num_envs
-            after = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-            for _ in range(after - before):
-                batch = buffer.sample(args.batch_size)
-                info = agent.update(batch, guide=step > args.guidance_starts)
-
-            # ---- store
-            next_obs, reward, terminated, truncated, infos = envs.wait()
-            final_obs = next_obs.copy()
-            for index, done in enumerate(terminated | truncated):
-                actions[index].append(numpy_action[index])
-                if done:  # next_obs is already the next episode's first
-                    final_obs[index] = infos["final_obs"][index]
-                    result = infos["final_info"]
-                    result = [result[name][index] for name in ("return", "success")]
-                    recent.append([value.item() for value in result])
-                    episodes[index] += 1
-                    actions[index] = []
-            for array in (final_obs, next_obs, reward):
-                if not np.isfinite(array).all():
-                    raise EnvironmentFault("it returned NaN or infinity")
-            outcome = tensor(final_obs), action, tensor(reward), tensor(terminated)
-            buffer.add(obs, *outcome, source_dist)
-            obs = tensor(next_obs)
-
-            # ---- log, evaluate, save
-            last = step >= args.total_timesteps
-            evaluation = {}
-            if last or due(args.eval_interval):
-                start = time.time()
+    try:
+        while not stop.is_set():
+            # ---- evaluate, log, save
+            row, last = {}, step >= args.total_timesteps
+            if step > logged and (last or due(args.eval_interval)):
+                before = time.time()
                 # the step as first episode's number: new goals for every evaluation
-                score = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
-                evaluation["return"] = score["return"].mean().item()
-                evaluation["success_rate"] = score["success"].mean().item()
-                evaluation["seconds"] = time.time() - start
-            if evaluation or due(args.log_interval):
-                run.log(step, recent, info, evaluation)
-                info = {}
-            if evaluation:
-                about = {"env_id": args.env_id, "step": step}
-                about["eval_episodes"] = args.eval_episodes
-                about |= {name: evaluation[name] for name in ("return", "success_rate")}
-                save(policy_file(agent.actor, **about), run.dir / "policy.pt")
+                scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
+                if stop.is_set():
+                    break  # the checkpoint is from before this evaluation, which comes again
+                row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
+                last_time += time.time() - before
+            if step > logged and (row or due(args.log_interval)):
+                row |= {"step": step, "time/seconds": round(time.time() - run.start, 1)}
+                seconds = max(time.time() - last_time, 1e-9)
+                row["time/steps_per_second"] = round((step - last_step) / seconds, 1)
+                if recent:
+                    row["train/return"], row["train/success_rate"] = np.mean(recent, 0).tolist()
+                run.log(row | run.check(step, info))
+                last_time, last_step, logged, info = time.time(), step, step, {}
+            if "eval/return" in row:
+                about = {name: row[f"eval/{name}"] for name in ("return", "success_rate")}
+                about |= {"env_id": args.env_id, "step": step, "eval_episodes": args.eval_episodes}
+                content = policy_content(agent.actor, **about)
+                # as a source it ignores what its own task has never shown
+                scale = content["weights"]["standardize.scale"]
+                unseen = (agent.buffer.obs() == 0).all(dim=0).cpu()
+                content["weights"]["standardize.scale"] = torch.where(unseen, 0.0, scale)
+                save(content, run_dir / "policy.pt")
+            if last:
+                break
             if due(args.checkpoint_interval):
                 save_checkpoint()
 
+            # ---- act
+            if step < args.learning_starts:
+                action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
+            else:
+                action = agent.act(obs, [len(env.actions) for env in envs.envs])
+
+            # ---- learn
+            if step < args.learning_starts <= step + args.num_envs:  # once
+                agent.standardize()
+            before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
+            after = int(max(step + args.num_envs - args.learning_starts, 0) * args.utd_ratio)
+            for _ in range(after - before):
+                batch = agent.buffer.sample(args.batch_size)
+                info = agent.update(batch, guide=step + args.num_envs > args.guidance_starts)
+
+            # ---- step, store
+            next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+            step += args.num_envs
+            final_obs = next_obs.copy()
+            for index in np.flatnonzero(terminated | truncated):
+                # next_obs is already the first of the next episode
+                final_obs[index] = infos["final_obs"][index]
+                final = infos["final_info"]
+                recent.append([float(final[name][index]) for name in ("return", "success")])
+            tensors = (torch.as_tensor(x, dtype=torch.float32, device=device)
+                       for x in (final_obs, reward, terminated))
+            agent.store(obs, action, *tensors)
+            obs = torch.as_tensor(next_obs, device=device)
+    finally:
+        envs.close()
+        eval_envs.close()
         save_checkpoint()
-        if stop_signals:
-            print(f"\nstopped at step {step:,}: --resume {run.dir} goes on")
-        else:
-            line = f"\nfinished {step:,} steps: return {evaluation['return']:.1f}"
-            if not math.isnan(evaluation["success_rate"]):
-                line += f", success {evaluation['success_rate']:.0%}"
-            print(f"{line} over {args.eval_episodes} episodes with the mean action")
-            print(f"policy: {run.dir}/policy.pt, learning curve: {run.dir}/metrics.csv")
+        save_checkpoint()
+    if step < args.total_timesteps:
+        print(f"\nstopped at step {step:,}: the same command with --resume goes on")
+    else:
+        print(f"\nfinished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
 
 
-# ------------------------------------ command line ------------------------------------
+# ----------------------------------------- command line -----------------------------------------
 
 
 def score_policy(args: Args) -> None:
     """--evaluate: how a policy file does on fresh goals, by mean and by sampled action."""
-    from scipy.stats import binomtest, sem  # Meta-World brings it
+    from scipy.stats import bootstrap, binomtest  # Meta-World brings it
 
     actor = load_policy(args.evaluate)
     env_id = args.env_id or actor.about.get("env_id")
     # "module:Name" would import a module that a stranger's file chose
-    if not isinstance(env_id, str) or not env_id or (":" in env_id and not args.env_id):
+    if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    with contextlib.closing(VectorEnv(env_id, args.num_envs, args.seed, 2)) as envs:
-        theirs = envs.obs_dim, envs.action_dim
-        if theirs != (actor.obs_dim, actor.action_dim):
-            ours = f"{(actor.obs_dim, actor.action_dim)}, but {env_id} has {theirs}"
-            raise UserError(f"{args.evaluate} has observation and action sizes {ours}")
-        what = f"{args.eval_episodes} episodes, seed {args.seed}"
-        print(f"{args.evaluate} on {env_id}: {what}")
-        for name in ("mean", "sampled"):
-            score = evaluate(actor, envs, args.eval_episodes, sample=name == "sampled")
-            wins, returns = score["success"], score["return"]
-            line = f"{name} action: ".rjust(16)
-            if not np.isnan(wins).any():
-                test = binomtest(int(wins.sum()), len(wins))
-                low, high = test.proportion_ci(method="wilson")  # 95 %
-                line += f"success {wins.mean():.2f} [{low:.2f}, {high:.2f}], "
-            spread = 1.96 * sem(returns) if len(returns) > 1 else math.nan
-            line += f"return {returns.mean():.1f} ± {spread:.1f}, "
-            line += f"mean log-std {score['log_std'].mean():.2f}, "
-            print(line + f"{score['saturated'].mean():.0%} of actions saturated")
+    envs = make_envs(env_id, args.num_envs, args.seed, 2)
+    ours = envs.single_observation_space.shape + envs.single_action_space.shape
+    if ours != (actor.obs_dim, actor.action_dim):
+        theirs = f"observation and action sizes {(actor.obs_dim, actor.action_dim)}"
+        raise UserError(f"{args.evaluate} has {theirs}, but {env_id} has {ours}")
+    print(f"{args.evaluate} on {env_id}: {args.eval_episodes} episodes, seed {args.seed}")
+    for name in ("mean", "sampled"):
+        returns, wins = evaluate(actor, envs, args.eval_episodes, sample=name == "sampled")
+        spread = 1.96 * returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
+        line = f"{name} action: return {returns.mean():.1f} +- {spread:.1f}"
+        if not np.isnan(wins).any():
+            test = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")  # 95 %
+            line += f", success {wins.mean():.2f} [{test.low:.2f}, {test.high:.2f}]"
+        print(line)
     if args.capture_video:
-        video = Path(args.evaluate).with_suffix(".gif")
-        film(actor, env_id, derive_seed(args.seed, 2, 0), video)
-        print(f"video: {video}")
+        import imageio  # Gymnasium's mujoco extra brings it
+
+        frames = []
+        try:
+            filmed = make_envs(env_id, 1, args.seed, 2, render_mode="rgb_array")
+            evaluate(actor, filmed, 1, frames=frames)
+            imageio.mimsave(Path(args.evaluate).with_suffix(".gif"), frames[::4], fps=20, loop=0)
+        except Exception as error:  # each renderer raises its own
+            raise UserError(f"cannot film {env_id} ({error}): see the README on video") from error
+        print(f"video: {Path(args.evaluate).with_suffix('.gif')}")
 
 
-@torch.no_grad()
-def film(actor: Actor, env_id: str, seed: int, path: Path) -> None:
-    """Write one episode as a GIF."""
-    import imageio  # Gymnasium's mujoco extra brings it
-
-    frames, step, done = [], 0, False
+def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> None:
     try:
-        env = make_env(env_id, seed, render_mode="rgb_array")
-        obs, _ = env.reset()
-        while not done:
-            if step % 4 == 0:
-                frames.append(env.render())
-            step += 1
-            mean, _ = actor(torch.as_tensor(obs, dtype=torch.float32))
-            obs, _, terminated, truncated, _ = env.step(torch.tanh(mean).numpy())
-            done = terminated or truncated
-    except Exception as error:  # noqa: BLE001, each OpenGL backend raises its own
-        problem = f"cannot render without an OpenGL library ({error}): install libegl1 "
-        problem += "or libosmesa6 and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        raise UserError(problem) from None
-    imageio.mimsave(path, frames, fps=20, loop=0)
-
-
-def check(args: Args) -> Args:
-    """The arguments, with run_dir filled in. Raises UserError where they make no sense."""
-    positive = "total_timesteps num_envs buffer_size batch_size learning_starts threads"
-    positive += " policy_lr q_lr alpha_lr init_alpha num_guidance_samples eval_episodes"
-    positive += " source_mean_bound log_interval eval_interval checkpoint_interval"
-    not_negative = "seed utd_ratio beta1 beta2 num_random_sources guidance_starts"
-    for names, words in ((positive, "be positive"), (not_negative, "not be negative")):
-        for name in names.split():
-            value, flag = getattr(args, name), name.replace("_", "-")
-            if not 0 <= value < math.inf or (value == 0 and names is positive):
-                raise UserError(f"--{flag} must {words}, not {value}")
-    log_std_min = args.source_log_std_min
-    problems = {
-        "--seed must be below 2**63": args.seed >= 2**63,
-        "--threads must not exceed 1024": args.threads > 1024,
-        "--num-random-sources and --num-guidance-samples must not exceed 1000": (
-            max(args.num_random_sources, args.num_guidance_samples) > 1000
-        ),
-        "--utd-ratio must not exceed 1000": args.utd_ratio > 1000,
-        "--policy-lr, --q-lr and --alpha-lr must not exceed 1": (
-            max(args.policy_lr, args.q_lr, args.alpha_lr) > 1
-        ),
-        "--gamma must be between 0 and 1": not 0 <= args.gamma <= 1,
-        "--tau must be between 0 and 1": not 0 <= args.tau <= 1,
-        "--source-log-std-min must be a number below 2": not log_std_min < 2,
-        "--hidden-sizes must be positive": min(args.hidden_sizes, default=0) < 1,
-        "--batch-size must not exceed --buffer-size": (
-            args.batch_size > args.buffer_size
-        ),
-        "--num-envs must be below --learning-starts": (
-            args.num_envs >= args.learning_starts
-        ),
-        "--num-envs must not exceed --buffer-size": args.num_envs > args.buffer_size,
-        "--learning-starts must be before the end, --total-timesteps": (
-            args.learning_starts >= args.total_timesteps and not args.evaluate
-        ),
-        "--cuda was asked for, but PyTorch finds no CUDA device: use --no-cuda": (
-            args.cuda and not torch.cuda.is_available()
-        ),
-        "--capture-video films a finished policy: give it with --evaluate": (
-            args.capture_video and not args.evaluate
-        ),
-        "no environment is named: give one, such as --env-id peg-insert-side-v2": (
-            args.env_id is None and not args.evaluate
-        ),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise UserError(problem)
-    method = "cup" if args.sources or args.num_random_sources else "sac"
-    run_dir = f"runs/{args.env_id}__{method}__{args.seed}"
-    return replace(args, run_dir=args.run_dir or run_dir)
-
-
-def resume(run_dir: str) -> None:
-    """--resume: go on where the checkpoint was written, with the arguments of then."""
-    path = Path(run_dir) / "checkpoint.pt"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        before = Args(**checkpoint["args"])
-    except FileNotFoundError:
-        raise UserError(f"{run_dir} has no checkpoint.pt to resume from") from None
-    except Exception as error:  # noqa: BLE001, whatever is wrong with the file
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        raise UserError(f"{path} is not a checkpoint of cup.py ({reason})") from None
-    args = tyro.cli(Args, default=before)
-    if args.run_dir != before.run_dir:
-        raise UserError(f"--resume goes on in {run_dir}: leave --run-dir out")
-    args = replace(args, resume=None, run_dir=run_dir)
-    free = {"run_dir", "total_timesteps", "checkpoint_interval", "tensorboard", "track"}
-    changed = []
-    for name in (f.name for f in fields(Args) if f.name not in free):
-        old, new = getattr(before, name), getattr(args, name)
-        if old != new:
-            changed.append(f"--{name.replace('_', '-')} {old}, not {new}")
-    if changed:
-        raise UserError(f"{run_dir} was started with {', '.join(changed)}")
-    if checkpoint["step"] >= args.total_timesteps:
-        print(f"{run_dir} is finished; a larger --total-timesteps goes on with it")
-    else:
-        train(check(args), checkpoint)
-
-
-def main() -> None:
-    try:
-        args = tyro.cli(Args, description=__doc__)
-        if args.resume is not None:
-            resume(args.resume)
-        elif args.evaluate is not None:
-            score_policy(check(args))
-        else:
-            train(check(args))
-    except (UserError, RunError, OSError) as error:
-        print(f"cup.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        args = tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
+        score_policy(args) if args.evaluate else train(args, agent_class)
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
