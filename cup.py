@@ -14,12 +14,10 @@ Equation numbers are the paper's. To learn the algorithm, read from `squash` to 
 """
 
 import csv
-import difflib
 import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
 import signal
@@ -28,9 +26,7 @@ import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -65,8 +61,7 @@ class Args:
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
     batch_size: int = 256  # minibatch size of every gradient update
     learning_starts: int = 5_000  # environment steps with random actions before the first update
-    # gradient updates per environment step: one each time the four environments have stepped,
-    # because an update takes as long as ten to twenty steps and would rule the clock
+    # gradient updates per environment step; one update takes as long as ten to twenty steps
     utd_ratio: float = 0.25
     gamma: float = 0.99  # discount factor, gamma in Eq. 1
     tau: float = 0.005  # step of the target critic towards the critic, tau in Alg. 1
@@ -83,8 +78,7 @@ class Args:
     beta1: float = 1.0  # weight of the guidance KL, beta_1 in Eq. 12
     beta2: float = 0.03  # cap on the advantage in that weight, as a fraction of |V|: beta_2, Eq. 12
     num_guidance_samples: int = 1  # actions per candidate to estimate its advantage, Eq. 4
-    # entropy term in the expected advantage, as in Eq. 4; the default, Appendix B.3's variant
-    # without it, does not rule out sources of low entropy while alpha is still large
+    # entropy term in the advantage, Eq. 4; without it (Appendix B.3) a large alpha rules out nobody
     soft_advantage: bool = False
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
@@ -111,18 +105,14 @@ class Args:
             if type(value) in (int, float) and name != "source_log_std_min":
                 if not 0 <= value < math.inf or (value == 0 and name not in zero_is_fine.split()):
                     raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
-        if not (self.env_id or self.evaluate):
-            raise ValueError("no task is named: give one, such as --env-id peg-insert-side-v2")
-        if max(self.gamma, self.tau) > 1:
-            raise ValueError("--gamma and --tau must not exceed 1")
-        if min(self.hidden_sizes, default=0) < 1 or not self.source_log_std_min < 2:
-            raise ValueError("--hidden-sizes must be positive, --source-log-std-min below 2")
-        if self.batch_size > self.buffer_size:
-            raise ValueError("--batch-size must not exceed --buffer-size")
+        if max(self.gamma, self.tau) > 1 or min(self.hidden_sizes, default=0) < 1:
+            raise ValueError("--gamma and --tau must not exceed 1, --hidden-sizes be positive")
         if not (self.num_envs < self.learning_starts < self.total_timesteps or self.evaluate):
             raise ValueError("--num-envs < --learning-starts < --total-timesteps must hold")
+        if not (self.env_id or self.evaluate):
+            raise ValueError("no task is named: give one, such as --env-id peg-insert-side-v2")
         if self.cuda and not torch.cuda.is_available():
-            raise ValueError("--cuda: PyTorch finds no CUDA device, use --no-cuda")
+            raise ValueError("PyTorch finds no CUDA device: use --no-cuda")
 
 
 # ------------------------------------------ environment ------------------------------------------
@@ -136,10 +126,9 @@ def derive_seed(*numbers: int) -> int:
 class SeededEpisodes(gym.Wrapper):
     """An environment as CUP sees it: flat observations, actions in [-1, 1], seeded episodes.
 
-    An episode's seed comes from (seed, episode number), so the episode can be rebuilt from its
-    number and its actions: set `start_at` to the two before `reset`. That is how a resumed run
-    equals an unbroken one. The last `info` of an episode holds its `return` and its `success` in
-    any of the steps, NaN where the task has no such thing.
+    A resumed run rebuilds an episode from its number, which decides its seed, and its actions: set
+    `start_at` to the two before `reset`. An episode's last `info` holds its `return` and its
+    `success` in any of the steps, NaN where the task has no such thing.
     """
 
     def __init__(self, env: gym.Env, seed: int):
@@ -170,8 +159,7 @@ class SeededEpisodes(gym.Wrapper):
         obs, reward, terminated, truncated, info = self.env.step(scaled)
         self.actions.append(action.copy())
         self.episode_return += float(reward)
-        success = info.get("success", info.get("is_success", np.nan))
-        self.success = np.fmax(self.success, float(success))
+        self.success = np.fmax(self.success, info.get("success", info.get("is_success", np.nan)))
         done = terminated or truncated
         info = {"return": self.episode_return, "success": self.success} if done else {}
         return self.checked(obs, reward), reward, terminated, truncated, info
@@ -179,8 +167,7 @@ class SeededEpisodes(gym.Wrapper):
     def checked(self, obs, reward: float = 0.0) -> np.ndarray:
         obs = np.asarray(obs, np.float32).reshape(-1)
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
-            where = f"step {len(self.actions)} of episode {self.episode}"
-            raise UserError(f"the environment returned NaN or infinity at {where}: mend it")
+            raise UserError(f"the environment returned NaN or infinity in episode {self.episode}")
         return obs
 
 
@@ -191,40 +178,34 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEp
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
     tasks, task = {}, re.sub("-v[23]$", "-v3", env_id)
+    if task.endswith("-v3"):
+        from metaworld import ALL_V3_ENVIRONMENTS as tasks
+    if task in tasks:
+        env = tasks[task](render_mode=render_mode, reward_function_version="v2")
+        env._partially_observable = False  # show the goal in the observation, ...
+        del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+        env._freeze_rand_vec = False  # a new goal for every episode, ...
+        env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
+        return SeededEpisodes(env, seed)
     try:
-        if task.endswith("-v3"):
-            from metaworld import ALL_V3_ENVIRONMENTS as tasks
-        if task in tasks:
-            env = tasks[task](render_mode=render_mode, reward_function_version="v2")
-            env._partially_observable = False  # show the goal in the observation, ...
-            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
-            env._freeze_rand_vec = False  # a new goal for every episode, ...
-            env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
-            return SeededEpisodes(env, seed)
         # an environment of one's own need not know about rendering
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except Exception as error:  # an environment's own code may raise anything
-        known = {*gym.registry, *(re.sub("3$", digit, name) for name in tasks for digit in "23")}
-        near = difflib.get_close_matches(env_id, known - {env_id.split(":")[-1]}, cutoff=0.8)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot make {env_id!r} ({reason}){hint}") from error
+    except Exception as error:  # its constructor may raise anything
+        reason = f"gym.make: {type(error).__name__}: {error}"
+        raise UserError(f"{env_id!r} is no Meta-World task, and {reason}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
-    for name, space in ("observation", env.observation_space), ("action", env.action_space):
+    for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box):
-            raise UserError(f"the {name}s of {env_id} are {space}, but CUP needs a Box")
+            raise UserError(f"{env_id} has a space {space}, but CUP needs a Box")
     if not (space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
         raise UserError(f"the actions of {env_id} are {space}: CUP needs continuous, bounded ones")
     return SeededEpisodes(env, seed)
 
 
 def make_envs(env_id: str, num_envs: int, *seed: int, render_mode=None) -> gym.vector.SyncVectorEnv:
-    """Environments in this process: they step quickly beside an update.
-
-    A finished episode is followed by the next within the same step, whose infos hold `final_obs`
-    and `final_info`.
-    """
+    """Environments that step one after the other. A finished episode is followed by the next
+    within the same step, whose infos hold `final_obs` and `final_info`."""
     seeds = [derive_seed(*seed, index) for index in range(num_envs)]
     make = [lambda seed=seed: make_env(env_id, seed, render_mode) for seed in seeds]
     return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
@@ -243,8 +224,7 @@ def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
 class Standardize(nn.Module):
     """obs (..., obs_dim) with mean 0 and standard deviation 1, by statistics set once.
 
-    Meta-World's observations are in metres, and centimetres decide: as they come, they would
-    hardly differ. Until `fit` is called, this is the identity.
+    In Meta-World's observations, which are in metres, centimetres decide.
     """
 
     def __init__(self, obs_dim: int):
@@ -266,9 +246,8 @@ class Actor(nn.Module):
     """Tanh-Gaussian policy: obs (..., obs_dim) -> mean, log_std (..., action_dim).
 
     Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
-    a vanishing standard deviation would hardly change the action, but would send the KL to this
-    policy to infinity once it is somebody's source. A raw output of 0 is a log_std of -1.5, the
-    middle of its bounds.
+    a vanishing standard deviation hardly changes the action, but sends the KL to this policy to
+    infinity once it is somebody's source. A raw output of 0 is a log_std of -1.5.
     """
 
     def __init__(
@@ -472,12 +451,10 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """A uniform minibatch."""
         index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        obs, next_obs, action, reward, terminated, source_dist = (
-            self.rows[index].split(self.widths, dim=1)
-        )
+        *columns, reward, terminated, source_dist = self.rows[index].split(self.widths, dim=1)
         source_mean, source_log_std = source_dist.unflatten(1, self.source_shape).unbind(2)
         scalars = reward.squeeze(1), terminated.squeeze(1)
-        return Batch(obs, next_obs, action, *scalars, source_mean, source_log_std)
+        return Batch(*columns, *scalars, source_mean, source_log_std)
 
 
 # --------------------------------------- the update (Alg. 1) ---------------------------------------
@@ -587,8 +564,7 @@ class Agent(nn.Module):
         return info | {"alpha": alpha, "entropy": entropy}
 
     def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
-        """The smaller Q of the twins, (...): the one that SAC's actor climbs."""
-        return self.critic(obs, action).amin(dim=0)
+        return self.critic(obs, action).amin(dim=0)  # the smaller of the twins
 
     def standardize(self) -> None:
         """Fix how the networks see observations, by the states in the replay buffer."""
@@ -627,7 +603,7 @@ def policy_content(actor: Actor, **about) -> dict:
     The rest is `about` the policy: env_id, step, return, success_rate.
     """
     names = ("obs_dim", "action_dim", "hidden_sizes", "mean_bound", "log_std_min", "log_std_max")
-    weights = {name: tensor.detach().cpu() for name, tensor in actor.state_dict().items()}
+    weights = {name: tensor.cpu().clone() for name, tensor in actor.state_dict().items()}
     return {"actor": {name: getattr(actor, name) for name in names}, **about, "weights": weights}
 
 
@@ -719,18 +695,18 @@ def evaluate(
 
 def load_checkpoint(args: Args, run_dir: Path) -> dict:
     """The checkpoint to go on with; empty for a new run. Raises UserError if it does not fit."""
-    path = run_dir / "checkpoint.pt"
     if run_dir.exists() and not args.resume:
         raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
+    path = run_dir / "checkpoint.pt"
     if not path.exists():
         return {}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = checkpoint["args"]
     except Exception as error:  # whatever is wrong with the file
-        raise UserError(f"{path} is no checkpoint of cup.py ({type(error).__name__})") from error
-    free = {"total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
-            "tensorboard", "track"}
+        raise UserError(f"{path} is not a checkpoint ({type(error).__name__})") from error
+    free = ("total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
+            "tensorboard", "track")
     for name, value in asdict(args).items():
         if name not in free and before.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -739,68 +715,62 @@ def load_checkpoint(args: Args, run_dir: Path) -> dict:
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, checkpoint.pt; and the line of progress."""
+    """A run directory, other logs, and the line of progress."""
 
     def __init__(self, args: Args, run_dir: Path, metrics: list[str], checkpoint: dict):
         self.args, self.dir, self.tensorboard = args, run_dir, None
-        self.wandb_id, self.start = checkpoint.get("wandb_id"), time.time()
-        self.start -= checkpoint.get("seconds", 0.0)
+        self.wandb_id = checkpoint.get("wandb_id")
+        self.start = time.time() - checkpoint.get("seconds", 0.0)
+        self.last_time, self.last_step = time.time(), checkpoint.get("step", 0)
+        if args.track:
+            import wandb
+
+            options = {"id": self.wandb_id, "name": run_dir.name, "config": asdict(args)}
+            wandb.init(project="cup", resume="allow", sync_tensorboard=True, **options)
+            self.wandb_id = wandb.run.id
+        if args.tensorboard or args.track:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(run_dir, purge_step=self.last_step)
+        run_dir.mkdir(parents=True, exist_ok=True)
         packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
         about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
+        (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         columns = ["step", "time/seconds", "time/steps_per_second", "train/return"]
         columns += ["train/success_rate", "eval/return", "eval/success_rate", *metrics]
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-            self.file = open(run_dir / "metrics.csv", "a", newline="")
-            if args.track:
-                import wandb
-
-                options = {"id": self.wandb_id, "name": run_dir.name, "config": about["args"]}
-                wandb.init(project="cup", resume="allow", sync_tensorboard=True, **options)
-                self.wandb_id = wandb.run.id
-            if args.tensorboard or args.track:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.tensorboard = SummaryWriter(run_dir, purge_step=checkpoint.get("step"))
-        except (ImportError, OSError) as error:
-            raise UserError(f"cannot log to {run_dir}: {error}") from error
+        self.file = open(run_dir / "metrics.csv", "a", newline="")
+        self.file.truncate(checkpoint.get("metrics_bytes", 0))  # later rows come again
         self.csv = csv.DictWriter(self.file, columns, restval="")
-        # rows from after the checkpoint will be written again
-        self.file.truncate(checkpoint.get("metrics_bytes", 0))
         if not checkpoint:
             self.csv.writeheader()
 
-    def check(self, step: int, info: dict) -> dict[str, float]:
-        """The last update's scalars as numbers. Raises UserError if one is not finite."""
-        info = {name: float(value) for name, value in info.items()}
-        for name, value in info.items():
-            if not math.isfinite(value):
-                problem = f"{name} is {value} at step {step:,}: stopped"
-                raise UserError(f"{problem}; {self.dir}/checkpoint.pt is from before")
-        return info
-
-    def log(self, row: dict[str, float]) -> None:
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Write a row. Raises UserError for a loss that is not finite."""
+        now, done = time.time(), step - self.last_step
+        rate = done / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_step = now, step
+        row = {"step": step, "time/seconds": now - self.start, "time/steps_per_second": rate} | row
+        for name, value in row.items():
+            if name.startswith("loss/") and not math.isfinite(value):
+                raise UserError(f"{name} is {value} at step {step:,}: the checkpoint is from before")
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.csv.writerow(row)
         self.file.flush()
         if self.tensorboard:
             for name, value in row.items():
-                self.tensorboard.add_scalar(name, value, row["step"])
-        # on a terminal a line that the next one overwrites; elsewhere, one per evaluation
-        rate, total = row["time/steps_per_second"], self.args.total_timesteps
-        left = timedelta(seconds=round((total - row["step"]) / max(rate, 0.1)))
-        line = f"{self.args.env_id} {row['step']:,}/{total:,}, {rate:.0f}/s, {left} left"
+                self.tensorboard.add_scalar(name, value, step)
+        left = (self.args.total_timesteps - step) / rate / 60
+        line = f"{self.args.env_id} {step:,}/{self.args.total_timesteps:,}, {rate:.0f} steps/s, "
+        line += f"{left:.0f} min left"
         for name, value in row.items():
             if name.startswith(("train/", "eval/", "guidance/selected/")):
                 line += f" | {name.removeprefix('guidance/selected/')} {value:.4g}"
-        if sys.stdout.isatty():
-            width = os.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="\n" * ("eval/return" in row), flush=True)
-        elif "eval/return" in row:
+        if "eval/return" in row:
             print(line, flush=True)
+        elif sys.stdout.isatty():  # the next line overwrites it
+            print(line[: os.get_terminal_size().columns - 1], end="\r", flush=True)
 
-    def save(self, **state) -> None:
+    def save(self, state: dict) -> None:
         state |= {"args": asdict(self.args), "wandb_id": self.wandb_id}
         state |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.start}
         save(state, self.dir / "checkpoint.pt")
@@ -847,101 +817,88 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         recent.extend(checkpoint["recent"])
         agent.load_state_dict(checkpoint["agent"])
         torch.set_rng_state(checkpoint["rng_state"])
-        if args.cuda and checkpoint["cuda_rng_state"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
         for env, (episode, actions) in zip(envs.envs, checkpoint["episodes"], strict=True):
             env.start_at = (episode, actions.numpy())
     obs = torch.as_tensor(envs.reset()[0], device=device)
     run = Run(args, run_dir, agent.metrics, checkpoint)
-    last_time, last_step = time.time(), step
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
 
     def save_checkpoint():
-        actions = [np.array(env.actions, np.float32).reshape(-1, action_dim) for env in envs.envs]
+        state = {"step": step, "logged": logged, "recent": list(recent)}
+        state["info"] = {name: float(value) for name, value in info.items()}
+        state["agent"] = agent.state_dict()
+        state["sources"] = {name: policy_content(actor) for name, actor in sources.items()}
+        shape = -1, action_dim
+        actions = [np.array(env.actions, np.float32).reshape(shape) for env in envs.envs]
         episodes = [env.episode for env in envs.envs]
-        run.save(
-            step=step,
-            logged=logged,
-            info=run.check(step, info),
-            recent=list(recent),
-            agent=agent.state_dict(),
-            sources={name: policy_content(actor) for name, actor in sources.items()},
-            episodes=list(zip(episodes, map(torch.from_numpy, actions), strict=True)),
-            rng_state=torch.get_rng_state(),
-            cuda_rng_state=torch.cuda.get_rng_state() if args.cuda else None,
-        )
+        state["episodes"] = list(zip(episodes, map(torch.from_numpy, actions), strict=True))
+        state["rng_state"] = torch.get_rng_state()
+        run.save(state)
 
     def due(interval):  # was a multiple of `interval` among the steps just taken?
         return step // interval > (step - args.num_envs) // interval
 
-    try:
-        while not stop.is_set():
-            # ---- evaluate, log, save
-            row, last = {}, step >= args.total_timesteps
-            if step > logged and (last or due(args.eval_interval)):
-                before = time.time()
-                # the step as first episode's number: new goals for every evaluation
-                scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
-                if stop.is_set():
-                    break  # the checkpoint is from before this evaluation, which comes again
-                row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
-                last_time += time.time() - before
-            if step > logged and (row or due(args.log_interval)):
-                row |= {"step": step, "time/seconds": round(time.time() - run.start, 1)}
-                seconds = max(time.time() - last_time, 1e-9)
-                row["time/steps_per_second"] = round((step - last_step) / seconds, 1)
-                if recent:
-                    row["train/return"], row["train/success_rate"] = np.mean(recent, 0).tolist()
-                run.log(row | run.check(step, info))
-                last_time, last_step, logged, info = time.time(), step, step, {}
-            if "eval/return" in row:
-                about = {name: row[f"eval/{name}"] for name in ("return", "success_rate")}
-                about |= {"env_id": args.env_id, "step": step, "eval_episodes": args.eval_episodes}
-                content = policy_content(agent.actor, **about)
-                # as a source it ignores what its own task has never shown
-                scale = content["weights"]["standardize.scale"]
-                unseen = (agent.buffer.obs() == 0).all(dim=0).cpu()
-                content["weights"]["standardize.scale"] = torch.where(unseen, 0.0, scale)
-                save(content, run_dir / "policy.pt")
-            if last:
-                break
-            if due(args.checkpoint_interval):
-                save_checkpoint()
+    while not stop.is_set():
+        # ---- evaluate, log, save
+        row, last = {}, step >= args.total_timesteps
+        if step > logged and (last or due(args.eval_interval)):
+            began = time.time()
+            # the step as first episode's number: new goals for every evaluation
+            scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
+            if stop.is_set():
+                break  # the evaluation was cut short; the resumed run makes it anew
+            row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
+            about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
+            policy = policy_content(agent.actor, env_id=args.env_id, step=step, **about)
+            # as a source it will ignore what its own task has never shown
+            policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
+            save(policy, run_dir / "policy.pt")
+            run.last_time += time.time() - began  # not part of the speed
+        if step > logged and (row or due(args.log_interval)):
+            if recent:
+                row["train/return"], row["train/success_rate"] = np.mean(recent, axis=0).tolist()
+            run.log(step, row | {name: float(value) for name, value in info.items()})
+            logged, info = step, {}
+        if last:
+            break
+        if due(args.checkpoint_interval):
+            save_checkpoint()
 
-            # ---- act
-            if step < args.learning_starts:
-                action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
-            else:
-                action = agent.act(obs, [len(env.actions) for env in envs.envs])
+        # ---- act
+        if step < args.learning_starts:
+            action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
+        else:
+            action = agent.act(obs, [len(env.actions) for env in envs.envs])
 
-            # ---- learn
-            if step < args.learning_starts <= step + args.num_envs:  # once
-                agent.standardize()
-            before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-            after = int(max(step + args.num_envs - args.learning_starts, 0) * args.utd_ratio)
-            for _ in range(after - before):
-                batch = agent.buffer.sample(args.batch_size)
-                info = agent.update(batch, guide=step + args.num_envs > args.guidance_starts)
+        # ---- learn
+        if step < args.learning_starts <= step + args.num_envs:  # once
+            agent.standardize()
+        updates_before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
+        step += args.num_envs
+        updates = int(max(step - args.learning_starts, 0) * args.utd_ratio) - updates_before
+        for _ in range(updates):
+            batch = agent.buffer.sample(args.batch_size)
+            info = agent.update(batch, guide=step > args.guidance_starts)
 
-            # ---- step, store
+        # ---- step, store
+        try:
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-            step += args.num_envs
-            final_obs = next_obs.copy()
-            for index in np.flatnonzero(terminated | truncated):
-                # next_obs is already the first of the next episode
-                final_obs[index] = infos["final_obs"][index]
-                final = infos["final_info"]
-                recent.append([float(final[name][index]) for name in ("return", "success")])
-            tensors = (torch.as_tensor(x, dtype=torch.float32, device=device)
-                       for x in (final_obs, reward, terminated))
-            agent.store(obs, action, *tensors)
-            obs = torch.as_tensor(next_obs, device=device)
-    finally:
-        envs.close()
-        eval_envs.close()
-        save_checkpoint()
-        save_checkpoint()
-    if step < args.total_timesteps:
+        except Exception:  # the environment's own: keep what was learned
+            save_checkpoint()
+            raise
+        final_obs = next_obs.copy()
+        for index in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
+            final_obs[index], final = infos["final_obs"][index], infos["final_info"]
+            recent.append([float(final[name][index]) for name in ("return", "success")])
+        stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
+                  for x in (final_obs, reward, terminated)]
+        agent.store(obs, action, *stored)
+        obs = torch.as_tensor(next_obs, device=device)
+
+    save_checkpoint()
+    envs.close()
+    eval_envs.close()
+    if stop.is_set():
         print(f"\nstopped at step {step:,}: the same command with --resume goes on")
     else:
         print(f"\nfinished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
@@ -952,7 +909,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 
 def score_policy(args: Args) -> None:
     """--evaluate: how a policy file does on fresh goals, by mean and by sampled action."""
-    from scipy.stats import bootstrap, binomtest  # Meta-World brings it
+    from scipy.stats import binomtest  # Meta-World brings it
 
     actor = load_policy(args.evaluate)
     env_id = args.env_id or actor.about.get("env_id")
@@ -962,37 +919,40 @@ def score_policy(args: Args) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     envs = make_envs(env_id, args.num_envs, args.seed, 2)
-    ours = envs.single_observation_space.shape + envs.single_action_space.shape
-    if ours != (actor.obs_dim, actor.action_dim):
+    sizes = envs.single_observation_space.shape + envs.single_action_space.shape
+    if sizes != (actor.obs_dim, actor.action_dim):
         theirs = f"observation and action sizes {(actor.obs_dim, actor.action_dim)}"
-        raise UserError(f"{args.evaluate} has {theirs}, but {env_id} has {ours}")
-    print(f"{args.evaluate} on {env_id}: {args.eval_episodes} episodes, seed {args.seed}")
+        raise UserError(f"{args.evaluate} has {theirs}, but {env_id} has {sizes}")
+    print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")
     for name in ("mean", "sampled"):
         returns, wins = evaluate(actor, envs, args.eval_episodes, sample=name == "sampled")
-        spread = 1.96 * returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else math.nan
-        line = f"{name} action: return {returns.mean():.1f} +- {spread:.1f}"
+        half_width = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5
+        line = f"{name} action: return {returns.mean():.1f} +- {half_width:.1f}"
         if not np.isnan(wins).any():
-            test = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")  # 95 %
-            line += f", success {wins.mean():.2f} [{test.low:.2f}, {test.high:.2f}]"
+            interval = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")
+            line += f", success {wins.mean():.2f} [{interval.low:.2f}, {interval.high:.2f}]"
         print(line)
     if args.capture_video:
         import imageio  # Gymnasium's mujoco extra brings it
 
-        frames = []
+        path, frames = Path(args.evaluate).with_suffix(".gif"), []
         try:
             filmed = make_envs(env_id, 1, args.seed, 2, render_mode="rgb_array")
             evaluate(actor, filmed, 1, frames=frames)
-            imageio.mimsave(Path(args.evaluate).with_suffix(".gif"), frames[::4], fps=20, loop=0)
-        except Exception as error:  # each renderer raises its own
+            imageio.mimsave(path, frames[::4], fps=20, loop=0)
+        except Exception as error:  # every renderer raises its own
             raise UserError(f"cannot film {env_id} ({error}): see the README on video") from error
-        print(f"video: {Path(args.evaluate).with_suffix('.gif')}")
+        print(f"video: {path}")
 
 
 def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> None:
     try:
         args = tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
-        score_policy(args) if args.evaluate else train(args, agent_class)
-    except (UserError, OSError) as error:
+        if args.evaluate:
+            score_policy(args)
+        else:
+            train(args, agent_class)
+    except (UserError, OSError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Lets the tests import cup.py from the repository root, and use one core."""
+"""Lets the tests import cup.py from the repository root, use one core, and leave torture out."""
 
 import signal
 import sys
@@ -11,3 +11,10 @@ torch.set_num_threads(1)
 # a shell starts what a script puts in the background with SIGINT ignored, and the
 # programs that the tests interrupt would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "torture: the long versions, only with -m torture")
+    # Gymnasium's remarks on what the faulty_envs do on purpose
+    config.addinivalue_line("filterwarnings", "ignore:.*WARN:UserWarning")
+    config.option.markexpr = config.option.markexpr or "not torture"

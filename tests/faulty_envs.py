@@ -1,24 +1,28 @@
-"""Gymnasium environments that misbehave: `--env-id faulty_envs:Raises-v0`.
+"""Gymnasium environments that misbehave, or are only unusual: `--env-id faulty_envs:Raises-v0`.
 
-Importing this module registers them. All are one walk on a line: the observation is the
-position and the steps so far, the action is the stride, an episode takes 40 steps.
+Importing this module registers them. All are one walk on a line: the observation is the position
+and the steps so far, the action is the stride, an episode takes 40 steps.
 """
 
 import os
+import random
+import time
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 
 
 class Walk(gym.Env):
-    """A walk that goes well. `after`: the step, in an instance's life, of the fault."""
+    """A walk that goes well. `fault` is called once, at step `after` of an instance's life."""
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
     action_space = Box(-2, 2, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"]}
+    after, lifetime, closed = 30, 0, 0
 
-    def __init__(self, after: int = 30):
-        self.after, self.lifetime = after, 0
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -26,12 +30,17 @@ class Walk(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        self.position += float(action[0])
+        assert self.action_space.contains(action), action
+        self.action = action
+        self.position += float(np.sum(action))
         self.time += 1
         self.lifetime += 1
         if self.lifetime == self.after:
             self.fault()
-        return self.observe(), self.reward(), self.terminated(), False, {}
+        return self.observe(), self.reward(), self.terminated(), False, self.info()
+
+    def close(self):
+        type(self).closed += 1
 
     def observe(self):
         return np.array([self.position, self.time], np.float32)
@@ -42,8 +51,14 @@ class Walk(gym.Env):
     def terminated(self):
         return False
 
+    def info(self):
+        return {}
+
     def fault(self):
         pass
+
+
+# ---------------------------------------- faults ----------------------------------------
 
 
 class Raises(Walk):
@@ -51,6 +66,12 @@ class Raises(Walk):
 
     def fault(self):
         raise RuntimeError("the gripper fell off")
+
+
+class RaisesLate(Raises):
+    """The same, in the evaluation, an episode of 40 steps, before the training gets there."""
+
+    after = 39
 
 
 class RaisesAtReset(Walk):
@@ -65,13 +86,6 @@ class RaisesAtReset(Walk):
         return super().reset(seed=seed)
 
 
-class RaisesAtOnce(Walk):
-    """Not even the first reset works."""
-
-    def reset(self, *, seed=None, options=None):
-        raise RuntimeError("no licence found")
-
-
 class CannotBeMade(Walk):
     """The constructor fails."""
 
@@ -79,11 +93,11 @@ class CannotBeMade(Walk):
         raise RuntimeError("no robot is connected")
 
 
-class Dies(Walk):
-    """The worker process is gone, as after a crash in a physics engine."""
+class NeedsRobot(Walk):
+    """The constructor needs an argument that nobody gives it."""
 
-    def fault(self):
-        os._exit(3)
+    def __init__(self, robot):
+        pass
 
 
 class NotANumber(Walk):
@@ -91,6 +105,13 @@ class NotANumber(Walk):
 
     def fault(self):
         self.position = np.nan
+
+
+class NotANumberAtOnce(Walk):
+    """The very first observation is NaN."""
+
+    def observe(self):
+        return np.full(2, np.nan, np.float32)
 
 
 class Huge(Walk):
@@ -107,20 +128,118 @@ class Large(Walk):
         return 1e8
 
 
-class Terminates(Walk):
-    """Ends after five steps, for good: nothing comes after them."""
+class Blind(Walk):
+    """Rendering gives no picture."""
+
+    def render(self):
+        return None
+
+
+class Slow(Walk):
+    """Every step takes as long as the environment variable SLOW says, in seconds."""
+
+    def reward(self):
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return self.position
+
+
+# --------------------------------------- unusual ----------------------------------------
+
+
+class Unlimited(Walk):
+    """No time limit; it ends after five steps by itself."""
 
     def terminated(self):
         return self.time == 5
 
 
+class Endless(Walk):
+    """No time limit, and no end."""
+
+
+class Solved(Walk):
+    """Success under the name that Gymnasium-Robotics has for it, in the third step."""
+
+    def info(self):
+        return {"is_success": self.time == 3}
+
+
 class Grid(Walk):
-    """Observations with two axes: no fault, only unusual."""
+    """Observations with two axes."""
 
     observation_space = Box(-np.inf, np.inf, (2, 3), np.float32)
 
     def observe(self):
         return np.full((2, 3), self.position, np.float32)
+
+
+class Goals(Walk):
+    """Observations in a dictionary, as of goal-based environments."""
+
+    parts = {"observation": 2, "achieved_goal": 1, "desired_goal": 1}
+    observation_space = Dict({k: Box(-np.inf, np.inf, (n,)) for k, n in parts.items()})
+
+    def observe(self):
+        parts = {"observation": [self.position, self.time], "achieved_goal": [self.position]}
+        parts["desired_goal"] = [7.0]
+        return {name: np.array(part, np.float32) for name, part in parts.items()}
+
+
+class Fractions(Walk):
+    """Observations that are declared as integers and are not."""
+
+    observation_space = Box(-100, 100, (2,), np.int64)
+
+
+class GlobalDraws(Walk):
+    """Starts that come from the generators that all share."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position, self.time = random.random() + np.random.rand(), 0
+        return self.observe(), {}
+
+
+class Grasp(Walk):
+    """A bit that is 0 in the random steps and decides the reward later; and one that stays 0."""
+
+    observation_space = Box(-np.inf, np.inf, (4,), np.float32)
+
+    def observe(self):
+        return np.array([self.position, self.time, self.lifetime > 30, 0], np.float32)
+
+    def reward(self):
+        return float(self.lifetime > 30)
+
+
+class Column(Walk):
+    """Actions with two axes."""
+
+    action_space = Box(-1, 1, (3, 1), np.float32)
+
+
+class Scalar(Walk):
+    """Actions with none."""
+
+    action_space = Box(-1, 1, (), np.float32)
+
+
+class Constant(Walk):
+    """An action of which one number may not change."""
+
+    action_space = Box(np.array([-1, 0.3], np.float32), np.array([1, 0.3], np.float32))
+
+
+class Uneven(Walk):
+    """Bounds between which rescaling rounds."""
+
+    action_space = Box(-2.3, 1.37, (1,), np.float32)
+
+
+class Integers(Walk):
+    """Actions that are no continuous numbers."""
+
+    action_space = Box(-5, 5, (1,), np.int64)
 
 
 class NoBounds(Walk):
@@ -129,7 +248,7 @@ class NoBounds(Walk):
     action_space = Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for walk in (Walk, *Walk.__subclasses__()):
-    gym.register(f"{walk.__name__}-v0", walk, max_episode_steps=40)
-# fails in the evaluation, an episode of 40 steps, before the training gets there
-gym.register("RaisesLate-v0", Raises, max_episode_steps=40, kwargs={"after": 39})
+for walk in [kind for kind in globals().values() if isinstance(kind, type)]:
+    if issubclass(walk, Walk):
+        limit = None if walk in (Unlimited, Endless) else 40
+        gym.register(f"{walk.__name__}-v0", walk, max_episode_steps=limit)

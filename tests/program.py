@@ -1,21 +1,26 @@
 """How the tests start the real program and read what it wrote."""
 
+import contextlib
 import csv
+import io
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
+
+import cup
 
 TESTS = Path(__file__).parent
 CUP = TESTS.parent / "cup.py"
 
 # A run that is small in everything and still learns, logs, evaluates and saves.
-SMALL = "--num-envs 2 --batch-size 8 --buffer-size 2000 --learning-starts 20"
-SMALL += " --guidance-starts 20 --hidden-sizes 16 16 --log-interval 20"
-SMALL += " --eval-episodes 2 --threads 1 --no-cuda"
+SMALL = "--num-envs 2 --batch-size 8 --buffer-size 2000 --learning-starts 20 --guidance-starts 20"
+SMALL += " --hidden-sizes 16 16 --log-interval 20 --eval-episodes 2 --threads 1 --no-cuda"
 SMALL = SMALL.split()
 
 # 1,000 steps of Pendulum with guidance, about one second after the imports.
@@ -24,12 +29,12 @@ PENDULUM += " --total-timesteps 1000 --eval-interval 500 --checkpoint-interval 4
 PENDULUM = [*PENDULUM.split(), *SMALL]
 
 
-def start_cup(*arguments, **options) -> subprocess.Popen:
+def start_cup(*arguments, script=CUP, environment=None, **options) -> subprocess.Popen:
     """Start `python cup.py ...`; the `faulty_envs` can be its --env-id."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(CUP), *(str(argument) for argument in arguments)]
-    return subprocess.Popen(command, text=True, env=environment, **options)
+    environment = {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | (environment or {})
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.Popen(command, text=True, env=os.environ | environment, **options)
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -46,20 +51,32 @@ def run_cup(*arguments, **options) -> subprocess.CompletedProcess:
     return finish(start_cup(*arguments, **options))
 
 
-def wait_for(condition, seconds: float = 60.0) -> bool:
-    """Whether `condition()` became true in time."""
-    end = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < end:
-        time.sleep(0.005)
-    return bool(found)
+def call_cup(*arguments) -> subprocess.CompletedProcess:
+    """The same in this process, which has made the imports already: there are many of these."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with (
+        mock.patch.object(sys, "argv", ["cup.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        try:
+            cup.main()
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            torch.set_flush_denormal(False)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
 def started_run(run_dir: Path, *arguments, **options) -> subprocess.Popen:
     """A run that has written its first checkpoint, and is now on its way."""
-    process = start_cup(*arguments, "--run-dir", run_dir, **options)
-    checkpoint = run_dir / "checkpoint.pt"
-    wait_for(lambda: checkpoint.exists() or process.poll() is not None)
-    assert process.poll() is None, finish(process).stderr
+    process, end = start_cup(*arguments, "--run-dir", run_dir, **options), time.monotonic() + 60
+    while not (run_dir / "checkpoint.pt").exists() and time.monotonic() < end:
+        assert process.poll() is None, finish(process).stderr
+        time.sleep(0.005)
     return process
 
 
@@ -78,25 +95,11 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "policy.pt", weights_only=True)["weights"]
 
 
+def same_policy(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
 def same_result(one: Path, other: Path) -> bool:
     """Whether two runs logged the same numbers and ended with the same policy."""
-    ours, theirs = weights(one), weights(other)
-    same_policy = all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-    return metrics(one) == metrics(other) and same_policy
-
-
-def processes_of(run_dir: Path) -> list[int]:
-    """Every process with this run directory on its command line, workers included."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(run_dir).encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # it ended meanwhile
-    return found
-
-
-def all_gone(run_dir: Path) -> bool:
-    """Whether no process of that run is left, a moment after it should have ended."""
-    return wait_for(lambda: not processes_of(run_dir), seconds=20)
+    return metrics(one) == metrics(other) and same_policy(one, other)
