@@ -19,16 +19,13 @@ import math
 import os
 import pickle
 import random
-import re
 import signal
 import sys
 import time
 import zipfile
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -61,19 +58,16 @@ class Args:
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
     batch_size: int = 256  # minibatch size of every gradient update
     learning_starts: int = 5_000  # environment steps with random actions before the first update
-    # gradient updates per environment step; one update takes as long as ten to twenty steps
-    utd_ratio: float = 0.25
+    utd_ratio: float = 0.25  # updates per environment step; one costs as much as 10 to 20 steps
     gamma: float = 0.99  # discount factor, gamma in Eq. 1
     tau: float = 0.005  # step of the target critic towards the critic, tau in Alg. 1
     policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
     q_lr: float = 3e-4  # learning rate of the critics, lambda_theta in Alg. 1
     alpha_lr: float = 3e-4  # learning rate of the entropy weight, lambda_alpha in Alg. 1
-    # initial entropy weight alpha, Eq. 2; SAC's usual 1 would rule the losses for 10,000 updates
-    init_alpha: float = 0.1
+    init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's usual 1 rules the first 10,000 updates
     hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
 
-    # policy files pi_1 ... pi_n to reuse; nothing after the flag: none, which is SAC
-    sources: tuple[str, ...] = SHIPPED
+    sources: tuple[str, ...] = SHIPPED  # policy files pi_1 ... pi_n; --sources alone: none, SAC
     num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
     beta1: float = 1.0  # weight of the guidance KL, beta_1 in Eq. 12
     beta2: float = 0.03  # cap on the advantage in that weight, as a fraction of |V|: beta_2, Eq. 12
@@ -91,22 +85,21 @@ class Args:
     run_dir: str | None = None  # where to write; by default runs/<env-id>__<cup or sac>__<seed>
     resume: bool = False  # go on from the run directory's checkpoint; start where there is none
     evaluate: str | None = None  # policy file to score instead, on --env-id or on its own task
-    capture_video: bool = False  # with --evaluate: write an episode as a GIF beside the policy
     cuda: bool = torch.cuda.is_available()  # train on the GPU
-    # CPU threads; where other programs keep the cores busy, 1 is fastest by far
-    threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))
+    threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))  # CPU threads; on a busy machine, 1
     tensorboard: bool = False  # also write TensorBoard logs into the run directory
     track: bool = False  # also log to Weights & Biases
 
     def __post_init__(self):
         """Raises ValueError, which tyro prints as a usage error with exit code 2."""
-        zero_is_fine = "seed utd_ratio gamma tau beta1 beta2 num_random_sources guidance_starts"
+        may_be_zero = ("seed", "num_random_sources", "guidance_starts")
         for name, value in vars(self).items():
+            smallest = 1 if type(value) is int and name not in may_be_zero else 0
             if type(value) in (int, float) and name != "source_log_std_min":
-                if not 0 <= value < math.inf or (value == 0 and name not in zero_is_fine.split()):
+                if not smallest <= value < math.inf:
                     raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
-        if max(self.gamma, self.tau) > 1 or min(self.hidden_sizes, default=0) < 1:
-            raise ValueError("--gamma and --tau must not exceed 1, --hidden-sizes be positive")
+        if max(self.gamma, self.tau) > 1 or min(self.init_alpha, *self.hidden_sizes, 1) <= 0:
+            raise ValueError("--gamma and --tau are at most 1, --init-alpha and --hidden-sizes > 0")
         if not (self.num_envs < self.learning_starts < self.total_timesteps or self.evaluate):
             raise ValueError("--num-envs < --learning-starts < --total-timesteps must hold")
         if not (self.env_id or self.evaluate):
@@ -115,9 +108,7 @@ class Args:
             raise ValueError("PyTorch finds no CUDA device: use --no-cuda")
 
 
-# ------------------------------------------ environment ------------------------------------------
-
-
+# ---- environment ---------------------------------------------------------------------------------
 def derive_seed(*numbers: int) -> int:
     """One seed from several numbers: other numbers, an unrelated seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -160,8 +151,8 @@ class SeededEpisodes(gym.Wrapper):
         self.actions.append(action.copy())
         self.episode_return += float(reward)
         self.success = np.fmax(self.success, info.get("success", info.get("is_success", np.nan)))
-        done = terminated or truncated
-        info = {"return": self.episode_return, "success": self.success} if done else {}
+        ended = terminated or truncated
+        info = {"return": self.episode_return, "success": self.success} if ended else {}
         return self.checked(obs, reward), reward, terminated, truncated, info
 
     def checked(self, obs, reward: float = 0.0) -> np.ndarray:
@@ -177,8 +168,8 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEp
     Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
-    tasks, task = {}, re.sub("-v[23]$", "-v3", env_id)
-    if task.endswith("-v3"):
+    tasks, task = {}, env_id[:-1] + "3"
+    if env_id.endswith(("-v2", "-v3")):
         from metaworld import ALL_V3_ENVIRONMENTS as tasks
     if task in tasks:
         env = tasks[task](render_mode=render_mode, reward_function_version="v2")
@@ -187,36 +178,31 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEp
         env._freeze_rand_vec = False  # a new goal for every episode, ...
         env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
         return SeededEpisodes(env, seed)
+    options = {"render_mode": render_mode} if render_mode else {}  # not every environment has one
     try:
-        # an environment of one's own need not know about rendering
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+        env = gym.make(env_id, **options)
     except Exception as error:  # its constructor may raise anything
-        reason = f"gym.make: {type(error).__name__}: {error}"
-        raise UserError(f"{env_id!r} is no Meta-World task, and {reason}") from error
-    if isinstance(env.observation_space, gym.spaces.Dict):
+        raise UserError(f"{env_id!r} is no Meta-World task; gym.make: {error!r}") from error
+    if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box):
-            raise UserError(f"{env_id} has a space {space}, but CUP needs a Box")
-    if not (space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-        raise UserError(f"the actions of {env_id} are {space}: CUP needs continuous, bounded ones")
+    space = env.action_space
+    is_continuous = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating)
+    if not (is_continuous and space.is_bounded()):
+        raise UserError(f"{env_id} has actions {space}: CUP needs a Box of bounded, real numbers")
     return SeededEpisodes(env, seed)
 
 
-def make_envs(env_id: str, num_envs: int, *seed: int, render_mode=None) -> gym.vector.SyncVectorEnv:
-    """Environments that step one after the other. A finished episode is followed by the next
-    within the same step, whose infos hold `final_obs` and `final_info`."""
+def make_envs(env_id: str, num_envs: int, *seed: int) -> gym.vector.SyncVectorEnv:
+    """Environments that step in turn; a finished episode's next one begins in the same step."""
     seeds = [derive_seed(*seed, index) for index in range(num_envs)]
-    make = [lambda seed=seed: make_env(env_id, seed, render_mode) for seed in seeds]
+    make = [lambda seed=seed: make_env(env_id, seed) for seed in seeds]
     return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-# -------------------------------------------- networks --------------------------------------------
-
-
+# ---- networks ------------------------------------------------------------------------------------
 def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
     layers = []
-    for fan_in, fan_out in pairwise(sizes):
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [layer(fan_in, fan_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
@@ -309,9 +295,7 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     return torch.tanh(pre_tanh), log_prob.sum(dim=-1)
 
 
-# ----------------------- CUP: which source to follow at a state, and how far -----------------------
-
-
+# ---- CUP: which source to follow at a state, and how far ----------------------------------------
 def expected_advantage(q: Tensor, log_prob: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     """Soft expected advantage of every candidate over the target policy, Eq. 4.
 
@@ -386,6 +370,7 @@ def guidance_loss(
     return (weight * kl).mean(), states
 
 
+@torch.no_grad()
 def query_sources(sources: Sequence[Actor], obs: Tensor, args: Args) -> Tensor:
     """Mean and log-std of every source at obs (batch, obs_dim): (batch, n, 2, action_dim).
 
@@ -435,6 +420,18 @@ class ReplayBuffer:
         self.position = (self.position + len(row)) % len(self.rows)
         self.size = min(self.size + len(row), len(self.rows))
 
+    def sample(self, batch_size: int) -> Batch:
+        """A uniform minibatch."""
+        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
+        *columns, reward, terminated, source_dist = self.rows[index].split(self.widths, dim=1)
+        source_mean, source_log_std = source_dist.unflatten(1, self.source_shape).unbind(2)
+        scalars = reward.squeeze(1), terminated.squeeze(1)
+        return Batch(*columns, *scalars, source_mean, source_log_std)
+
+    def obs(self) -> Tensor:
+        """All states in it, (size, obs_dim)."""
+        return self.rows[: self.size, : self.widths[0]]
+
     def state_dict(self) -> dict:
         # by way of numpy, or torch would save the unused rows as well
         rows = torch.from_numpy(self.rows.cpu().numpy()[: self.size])
@@ -444,34 +441,20 @@ class ReplayBuffer:
         self.size, self.position = len(state["rows"]), state["position"]
         self.rows[: self.size] = state["rows"]
 
-    def obs(self) -> Tensor:
-        """All states in it, (size, obs_dim)."""
-        return self.rows[: self.size, : self.widths[0]]
 
-    def sample(self, batch_size: int) -> Batch:
-        """A uniform minibatch."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        *columns, reward, terminated, source_dist = self.rows[index].split(self.widths, dim=1)
-        source_mean, source_log_std = source_dist.unflatten(1, self.source_shape).unbind(2)
-        scalars = reward.squeeze(1), terminated.squeeze(1)
-        return Batch(*columns, *scalars, source_mean, source_log_std)
-
-
-# --------------------------------------- the update (Alg. 1) ---------------------------------------
-
-
+# ---- the update, Alg. 1 --------------------------------------------------------------------------
 class Agent(nn.Module):
     """Actor, twin critic, entropy weight, and one optimiser for each."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__()
         self.args, self.sources, self.target_entropy = args, sources, -float(action_dim)
-        sizes = obs_dim, action_dim, args.hidden_sizes
-        self.actor = Actor(*sizes).to(device)
-        self.critic = SoftQNetwork(*sizes).to(device)
-        self.target_critic = SoftQNetwork(*sizes).to(device).requires_grad_(False)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = SoftQNetwork(obs_dim, action_dim, args.hidden_sizes)
+        self.target_critic = SoftQNetwork(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha), device=device))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
+        self.to(device)
         adam = torch.optim.Adam
         self.actor_optimizer = adam(self.actor.parameters(), args.policy_lr, fused=True)
         self.critic_optimizer = adam(self.critic.parameters(), args.q_lr, fused=True)
@@ -479,9 +462,10 @@ class Agent(nn.Module):
         self.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, len(sources), device)
         self.metrics = ["loss/critic", "loss/actor", "alpha", "entropy"]  # what `update` returns
         if sources:
+            self.candidates = [*sources, "target"]
             self.metrics += ["loss/kl", "guidance/weight", "guidance/kl"]
-            for kind in ("selected", "advantage"):
-                self.metrics += [f"guidance/{kind}/{name}" for name in (*sources, "target")]
+            self.metrics += [f"guidance/selected/{name}" for name in self.candidates]
+            self.metrics += [f"guidance/advantage/{name}" for name in self.candidates]
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
@@ -540,10 +524,10 @@ class Agent(nn.Module):
             info["guidance/weight"] = states["weight"].mean()
             info["guidance/kl"] = states["kl"].mean()
             advantages = states["advantage"].mean(dim=0)  # (n + 1,)
-            selected = F.one_hot(states["guidance"], len(advantages)).float().mean(dim=0)
-            for k, name in enumerate((*self.sources, "target")):
-                info[f"guidance/selected/{name}"] = selected[k]
-                info[f"guidance/advantage/{name}"] = advantages[k]
+            shares = F.one_hot(states["guidance"], len(advantages)).float().mean(dim=0)
+            for name, share, advantage in zip(self.candidates, shares, advantages, strict=True):
+                info[f"guidance/selected/{name}"] = share
+                info[f"guidance/advantage/{name}"] = advantage
 
         self.actor_optimizer.zero_grad()
         # through the critic, but not into it: its own gradients would be thrown away
@@ -581,16 +565,15 @@ class Agent(nn.Module):
             getattr(self, name).load_state_dict(part)
 
 
-# ----------------------------------------- policy files -----------------------------------------
-
-
+# ---- policy files --------------------------------------------------------------------------------
 def save(content: dict, path: Path) -> None:
     """torch.save, then rename: `path` holds the old content or the new, never a half."""
+    partial = path.with_suffix(".tmp")
     try:
-        torch.save(content, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        torch.save(content, partial)
+        partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        path.with_suffix(".tmp").unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); what it held is intact") from error
 
 
@@ -628,12 +611,19 @@ def load_policy(path: str | Path) -> Actor:
         actor = build_actor(torch.load(path, map_location="cpu", weights_only=True))
         if not all(tensor.isfinite().all() for tensor in actor.state_dict().values()):
             raise ValueError("a weight is not finite")
-        return actor
     except FileNotFoundError:
         raise UserError(f"there is no policy file {path}: see sources/ for some") from None
     except Exception as error:  # whatever else is wrong with the file
         reason = "it holds code" if isinstance(error, pickle.UnpicklingError) else repr(error)
         raise UserError(f"{path} is not a policy file: {reason}") from error
+    return actor
+
+
+def check_sizes(path: str | Path, actor: Actor, env_id: str, sizes: tuple[int, ...]) -> None:
+    ours = (actor.obs_dim, actor.action_dim)
+    if ours != sizes:
+        reason = f"{path} has observation and action sizes {ours}, but {env_id} has {sizes}"
+        raise UserError(f"{reason}: name other policies, or none (--sources alone)")
 
 
 def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
@@ -642,37 +632,32 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
     It draws none of the run's random numbers: with the same seed, CUP and SAC begin with the
     same networks, the same random actions and the same goals.
     """
-    sources, random_names = {}, [f"random-{k + 1}" for k in range(args.num_random_sources)]
+    sources = {}
+    with torch.random.fork_rng():
+        for k in range(args.num_random_sources):
+            torch.manual_seed(derive_seed(args.seed, 3, k))
+            sources[f"random-{k + 1}"] = Actor(obs_dim, action_dim, args.hidden_sizes)
     for path in map(Path, args.sources):
         actor = load_policy(path)
-        theirs, ours = (actor.obs_dim, actor.action_dim), (obs_dim, action_dim)
-        if theirs != ours:
-            sizes = f"{path} has observations and actions of sizes {theirs}, {args.env_id} {ours}"
-            raise UserError(f"{sizes}: name other sources, or none (--sources alone)")
-        # runs/x/policy.pt goes by the name of its run; a name that is taken gets a number
-        name = stem = path.absolute().parent.name if path.stem == "policy" else path.stem
-        while name in (*sources, *random_names, "target"):
-            name = f"{stem}-{int(name[len(stem) + 1 :] or 1) + 1}"
+        check_sizes(path, actor, args.env_id, (obs_dim, action_dim))
+        # runs/x/policy.pt goes by the name of its run; a name that is taken gets a suffix
+        name = path.absolute().parent.name if path.stem == "policy" else path.stem
+        while name in (*sources, "target"):
+            name += "-2"
         sources[name] = actor
-    for k, name in enumerate(random_names):
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(args.seed, 3, k))
-            sources[name] = Actor(obs_dim, action_dim, args.hidden_sizes).requires_grad_(False)
     return sources
 
 
-# ----------------------------------- evaluation and training -----------------------------------
-
-
+# ---- evaluation and training ---------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(
     actor: Actor, envs: gym.vector.SyncVectorEnv, episodes: int, first_episode: int = 0,
-    sample: bool = False, stop: Event | None = None, frames: list | None = None,
+    sample: bool = False, stop: Event | None = None,
 ) -> np.ndarray:
     """Return and success (2, episodes) of the mean action, or of sampled ones, unless stopped.
 
     `first_episode` chooses the goals. Every environment plays a fixed share of the episodes, so
-    that short ones do not crowd out long ones. `frames` receives pictures of the first.
+    that short ones do not crowd out long ones.
     """
     device, results = next(actor.parameters()).device, []
     todo = [len(range(index, episodes, envs.num_envs)) for index in range(envs.num_envs)]
@@ -680,8 +665,6 @@ def evaluate(
         env.start_at = (first_episode, ())
     obs, _ = envs.reset()
     while any(todo) and not (stop and stop.is_set()):
-        if frames is not None:
-            frames.append(envs.envs[0].render())
         mean, log_std = actor(torch.as_tensor(obs, device=device))
         noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
         action, _ = squash(mean, log_std, noise)
@@ -697,93 +680,80 @@ def load_checkpoint(args: Args, run_dir: Path) -> dict:
     """The checkpoint to go on with; empty for a new run. Raises UserError if it does not fit."""
     if run_dir.exists() and not args.resume:
         raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
-    path = run_dir / "checkpoint.pt"
-    if not path.exists():
+    if not (run_dir / "checkpoint.pt").exists():
         return {}
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        before = checkpoint["args"]
+        checkpoint = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever is wrong with the file
-        raise UserError(f"{path} is not a checkpoint ({type(error).__name__})") from error
-    free = ("total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
-            "tensorboard", "track")
+        raise UserError(f"{run_dir}/checkpoint.pt is damaged ({type(error).__name__})") from error
+    may_differ = ("total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
+                  "tensorboard", "track")
     for name, value in asdict(args).items():
-        if name not in free and before.get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{run_dir} was started with {flag} {before.get(name)}, not {value}")
+        before = checkpoint["args"].get(name)
+        if value != before and name not in may_differ:
+            raise UserError(f"{run_dir} was started with {name} = {before}, not {value}")
     return checkpoint
 
 
 class Run:
-    """A run directory, other logs, and the line of progress."""
+    """What a run logs: metrics.csv, TensorBoard, Weights & Biases, and a line of progress."""
 
     def __init__(self, args: Args, run_dir: Path, metrics: list[str], checkpoint: dict):
-        self.args, self.dir, self.tensorboard = args, run_dir, None
-        self.wandb_id = checkpoint.get("wandb_id")
-        self.start = time.time() - checkpoint.get("seconds", 0.0)
-        self.last_time, self.last_step = time.time(), checkpoint.get("step", 0)
+        self.rows, self.wandb_id = checkpoint.get("rows", []), checkpoint.get("wandb_id")
+        self.total_timesteps, self.tensorboard = args.total_timesteps, None
         if args.track:
             import wandb
 
-            options = {"id": self.wandb_id, "name": run_dir.name, "config": asdict(args)}
-            wandb.init(project="cup", resume="allow", sync_tensorboard=True, **options)
+            about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
+            wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
             self.wandb_id = wandb.run.id
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(run_dir, purge_step=self.last_step)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
-        about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
-        (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+            self.tensorboard = SummaryWriter(run_dir, purge_step=self.last("step") + 1)
+        self.start = time.time() - self.last("time/seconds")
         columns = ["step", "time/seconds", "time/steps_per_second", "train/return"]
         columns += ["train/success_rate", "eval/return", "eval/success_rate", *metrics]
-        self.file = open(run_dir / "metrics.csv", "a", newline="")
-        self.file.truncate(checkpoint.get("metrics_bytes", 0))  # later rows come again
-        self.csv = csv.DictWriter(self.file, columns, restval="")
-        if not checkpoint:
-            self.csv.writeheader()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = open(run_dir / "metrics.csv", "w", newline="")
+        self.csv = csv.DictWriter(self.file, columns)
+        self.csv.writeheader()
+        self.csv.writerows(self.rows)  # of the checkpoint; what came after it comes again
+
+    def last(self, name: str) -> float:
+        """A value of the last row."""
+        return self.rows[-1][name] if self.rows else 0
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Write a row. Raises UserError for a loss that is not finite."""
-        now, done = time.time(), step - self.last_step
-        rate = done / max(now - self.last_time, 1e-9)
-        self.last_time, self.last_step = now, step
-        row = {"step": step, "time/seconds": now - self.start, "time/steps_per_second": rate} | row
         for name, value in row.items():
             if name.startswith("loss/") and not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {step:,}: the checkpoint is from before")
+                raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
+        seconds = time.time() - self.start
+        rate = (step - self.last("step")) / (seconds - self.last("time/seconds"))
+        row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
         row = {name: value for name, value in row.items() if not math.isnan(value)}
+        self.rows.append(row)
         self.csv.writerow(row)
         self.file.flush()
         if self.tensorboard:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, step)
-        left = (self.args.total_timesteps - step) / rate / 60
-        line = f"{self.args.env_id} {step:,}/{self.args.total_timesteps:,}, {rate:.0f} steps/s, "
-        line += f"{left:.0f} min left"
-        for name, value in row.items():
-            if name.startswith(("train/", "eval/", "guidance/selected/")):
-                line += f" | {name.removeprefix('guidance/selected/')} {value:.4g}"
-        if "eval/return" in row:
-            print(line, flush=True)
-        elif sys.stdout.isatty():  # the next line overwrites it
-            print(line[: os.get_terminal_size().columns - 1], end="\r", flush=True)
-
-    def save(self, state: dict) -> None:
-        state |= {"args": asdict(self.args), "wandb_id": self.wandb_id}
-        state |= {"metrics_bytes": self.file.tell(), "seconds": time.time() - self.start}
-        save(state, self.dir / "checkpoint.pt")
+        shown = ("train/", "eval/", "guidance/selected/")
+        scores = [f"{name} {row[name]:.3g}" for name in row if name.startswith(shown)]
+        minutes = (self.total_timesteps - step) / rate / 60
+        print(f"{step:,} steps, {minutes:.0f} min left", *scores, sep=", ", flush=True)
 
 
 def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     """Alg. 1, from the start or from a checkpoint; another method brings its own agent."""
     method = "cup" if args.sources or args.num_random_sources else "sac"
     method = method if agent_class is Agent else agent_class.__name__.lower()
-    name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{method}__{args.seed}")
+    name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
     run_dir = Path(args.run_dir or f"runs/{name}")
     checkpoint = load_checkpoint(args, run_dir)
-    if checkpoint and checkpoint["logged"] >= args.total_timesteps:
+    rows = checkpoint.get("rows", [])  # of metrics.csv
+    if rows and rows[-1]["step"] >= args.total_timesteps:
         print(f"{run_dir} is finished: a larger --total-timesteps goes on with it")
         return
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -802,47 +772,48 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
     envs = make_envs(args.env_id, args.num_envs, args.seed, 0)
     eval_envs = make_envs(args.env_id, args.num_envs, args.seed, 1)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    if checkpoint:
+    if envs.envs[0].spec and not envs.envs[0].spec.max_episode_steps:
+        print(f"warning: {args.env_id} has no time limit (gymnasium.wrappers.TimeLimit sets one): "
+              "an evaluation lasts as long as its episodes", file=sys.stderr)
+    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    if checkpoint:  # the files may have changed
         sources = {name: build_actor(content) for name, content in checkpoint["sources"].items()}
     else:
         sources = load_sources(args, obs_dim, action_dim)
     sources = {name: actor.to(device) for name, actor in sources.items()}
     agent = agent_class(args, obs_dim, action_dim, sources, device)
-    step, logged = 0, 0  # environment steps so far, and those at the last row of metrics.csv
-    info: dict[str, Tensor] = {}  # of the last update
-    recent = deque(maxlen=20)  # return and success of the last training episodes
+    step = checkpoint.get("step", 0)  # environment steps so far
+    info = checkpoint.get("info", {})  # what the last update returned
+    recent = checkpoint.get("recent", [])  # return and success of the last training episodes
     if checkpoint:
-        step, logged, info = checkpoint["step"], checkpoint["logged"], checkpoint["info"]
-        recent.extend(checkpoint["recent"])
         agent.load_state_dict(checkpoint["agent"])
         torch.set_rng_state(checkpoint["rng_state"])
         for env, (episode, actions) in zip(envs.envs, checkpoint["episodes"], strict=True):
-            env.start_at = (episode, actions.numpy())
+            env.start_at = (episode, np.array(actions, np.float32))
     obs = torch.as_tensor(envs.reset()[0], device=device)
     run = Run(args, run_dir, agent.metrics, checkpoint)
+    packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
+    about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
+    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
 
     def save_checkpoint():
-        state = {"step": step, "logged": logged, "recent": list(recent)}
+        state = {"args": asdict(args), "step": step, "recent": recent[-20:]}
+        state |= {"rows": run.rows, "wandb_id": run.wandb_id}
         state["info"] = {name: float(value) for name, value in info.items()}
         state["agent"] = agent.state_dict()
         state["sources"] = {name: policy_content(actor) for name, actor in sources.items()}
-        shape = -1, action_dim
-        actions = [np.array(env.actions, np.float32).reshape(shape) for env in envs.envs]
-        episodes = [env.episode for env in envs.envs]
-        state["episodes"] = list(zip(episodes, map(torch.from_numpy, actions), strict=True))
+        state["episodes"] = [(env.episode, np.array(env.actions).tolist()) for env in envs.envs]
         state["rng_state"] = torch.get_rng_state()
-        run.save(state)
+        save(state, run_dir / "checkpoint.pt")
 
     def due(interval):  # was a multiple of `interval` among the steps just taken?
-        return step // interval > (step - args.num_envs) // interval
+        return step % interval < args.num_envs
 
     while not stop.is_set():
         # ---- evaluate, log, save
         row, last = {}, step >= args.total_timesteps
-        if step > logged and (last or due(args.eval_interval)):
-            began = time.time()
+        if step > run.last("step") and (last or due(args.eval_interval)):
             # the step as first episode's number: new goals for every evaluation
             scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
             if stop.is_set():
@@ -853,12 +824,12 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             # as a source it will ignore what its own task has never shown
             policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
             save(policy, run_dir / "policy.pt")
-            run.last_time += time.time() - began  # not part of the speed
-        if step > logged and (row or due(args.log_interval)):
+        if step > run.last("step") and (row or due(args.log_interval)):
             if recent:
-                row["train/return"], row["train/success_rate"] = np.mean(recent, axis=0).tolist()
+                means = np.mean(recent[-20:], axis=0)
+                row["train/return"], row["train/success_rate"] = means.tolist()
             run.log(step, row | {name: float(value) for name, value in info.items()})
-            logged, info = step, {}
+            info = {}
         if last:
             break
         if due(args.checkpoint_interval):
@@ -896,17 +867,13 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         obs = torch.as_tensor(next_obs, device=device)
 
     save_checkpoint()
-    envs.close()
-    eval_envs.close()
     if stop.is_set():
-        print(f"\nstopped at step {step:,}: the same command with --resume goes on")
+        print(f"stopped at step {step:,}: the same command with --resume goes on")
     else:
-        print(f"\nfinished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
+        print(f"finished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
 
 
-# ----------------------------------------- command line -----------------------------------------
-
-
+# ---- command line --------------------------------------------------------------------------------
 def score_policy(args: Args) -> None:
     """--evaluate: how a policy file does on fresh goals, by mean and by sampled action."""
     from scipy.stats import binomtest  # Meta-World brings it
@@ -920,29 +887,16 @@ def score_policy(args: Args) -> None:
     torch.set_num_threads(args.threads)
     envs = make_envs(env_id, args.num_envs, args.seed, 2)
     sizes = envs.single_observation_space.shape + envs.single_action_space.shape
-    if sizes != (actor.obs_dim, actor.action_dim):
-        theirs = f"observation and action sizes {(actor.obs_dim, actor.action_dim)}"
-        raise UserError(f"{args.evaluate} has {theirs}, but {env_id} has {sizes}")
+    check_sizes(args.evaluate, actor, env_id, sizes)
     print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")
     for name in ("mean", "sampled"):
         returns, wins = evaluate(actor, envs, args.eval_episodes, sample=name == "sampled")
         half_width = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5
         line = f"{name} action: return {returns.mean():.1f} +- {half_width:.1f}"
         if not np.isnan(wins).any():
-            interval = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")
-            line += f", success {wins.mean():.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+            low, high = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")
+            line += f", success {wins.mean():.2f} [{low:.2f}, {high:.2f}]"
         print(line)
-    if args.capture_video:
-        import imageio  # Gymnasium's mujoco extra brings it
-
-        path, frames = Path(args.evaluate).with_suffix(".gif"), []
-        try:
-            filmed = make_envs(env_id, 1, args.seed, 2, render_mode="rgb_array")
-            evaluate(actor, filmed, 1, frames=frames)
-            imageio.mimsave(path, frames[::4], fps=20, loop=0)
-        except Exception as error:  # every renderer raises its own
-            raise UserError(f"cannot film {env_id} ({error}): see the README on video") from error
-        print(f"video: {path}")
 
 
 def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> None:
