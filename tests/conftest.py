@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,3 +19,14 @@ def pytest_configure(config):
     # Gymnasium's remarks on what the faulty_envs do on purpose
     config.addinivalue_line("filterwarnings", "ignore:.*WARN:UserWarning")
     config.option.markexpr = config.option.markexpr or "not torture"
+
+
+@pytest.fixture(scope="session")
+def pendulum(tmp_path_factory):
+    """A finished run on Pendulum-v1 that nothing happened to, and what it said."""
+    from program import PENDULUM, call_cup
+
+    run_dir = tmp_path_factory.mktemp("pendulum") / "run"
+    result = call_cup(*PENDULUM, "--run-dir", run_dir)
+    assert result.returncode == 0, result.stderr
+    return run_dir, result

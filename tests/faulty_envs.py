@@ -14,15 +14,15 @@ from gymnasium.spaces import Box, Dict
 
 
 class Walk(gym.Env):
-    """A walk that goes well. `fault` is called once, at step `after` of an instance's life."""
+    """A walk that goes well. `changes` take the place of what stands here."""
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
     action_space = Box(-2, 2, (1,), np.float32)
-    metadata = {"render_modes": ["rgb_array"]}
-    after, lifetime, closed = 30, 0, 0
+    reward, length, fault_at = 1.0, np.inf, 30
+    lifetime = closed = 0  # steps of this one; how many were closed
 
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
+    def __init__(self, **changes):
+        vars(self).update(changes)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -35,21 +35,16 @@ class Walk(gym.Env):
         self.position += float(np.sum(action))
         self.time += 1
         self.lifetime += 1
-        if self.lifetime == self.after:
+        if self.lifetime == self.fault_at:
             self.fault()
-        return self.observe(), self.reward(), self.terminated(), False, self.info()
+        return self.observe(), self.reward, self.time == self.length, False, self.info()
 
     def close(self):
-        type(self).closed += 1
+        Walk.closed += 1
 
     def observe(self):
-        return np.array([self.position, self.time], np.float32)
-
-    def reward(self):
-        return 1.0
-
-    def terminated(self):
-        return False
+        obs = np.array([self.position, self.time], np.float32)
+        return np.resize(obs, self.observation_space.shape)
 
     def info(self):
         return {}
@@ -58,20 +53,11 @@ class Walk(gym.Env):
         pass
 
 
-# ---------------------------------------- faults ----------------------------------------
-
-
 class Raises(Walk):
     """The environment's own code fails."""
 
     def fault(self):
         raise RuntimeError("the gripper fell off")
-
-
-class RaisesLate(Raises):
-    """The same, in the evaluation, an episode of 40 steps, before the training gets there."""
-
-    after = 39
 
 
 class RaisesAtReset(Walk):
@@ -101,60 +87,23 @@ class NeedsRobot(Walk):
 
 
 class NotANumber(Walk):
-    """The observation becomes NaN."""
+    """The observation becomes NaN, or is from the start."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position += np.nan if self.fault_at == 0 else 0
+        return self.observe(), {}
 
     def fault(self):
         self.position = np.nan
 
 
-class NotANumberAtOnce(Walk):
-    """The very first observation is NaN."""
-
-    def observe(self):
-        return np.full(2, np.nan, np.float32)
-
-
-class Huge(Walk):
-    """Rewards whose square overflows a 32-bit float."""
-
-    def reward(self):
-        return 1e30
-
-
-class Large(Walk):
-    """Rewards that are too large to learn from, but not too large to compute with."""
-
-    def reward(self):
-        return 1e8
-
-
-class Blind(Walk):
-    """Rendering gives no picture."""
-
-    def render(self):
-        return None
-
-
 class Slow(Walk):
     """Every step takes as long as the environment variable SLOW says, in seconds."""
 
-    def reward(self):
+    def info(self):
         time.sleep(float(os.environ.get("SLOW", "0")))
-        return self.position
-
-
-# --------------------------------------- unusual ----------------------------------------
-
-
-class Unlimited(Walk):
-    """No time limit; it ends after five steps by itself."""
-
-    def terminated(self):
-        return self.time == 5
-
-
-class Endless(Walk):
-    """No time limit, and no end."""
+        return {}
 
 
 class Solved(Walk):
@@ -164,20 +113,11 @@ class Solved(Walk):
         return {"is_success": self.time == 3}
 
 
-class Grid(Walk):
-    """Observations with two axes."""
-
-    observation_space = Box(-np.inf, np.inf, (2, 3), np.float32)
-
-    def observe(self):
-        return np.full((2, 3), self.position, np.float32)
-
-
 class Goals(Walk):
     """Observations in a dictionary, as of goal-based environments."""
 
-    parts = {"observation": 2, "achieved_goal": 1, "desired_goal": 1}
-    observation_space = Dict({k: Box(-np.inf, np.inf, (n,)) for k, n in parts.items()})
+    sizes = {"observation": 2, "achieved_goal": 1, "desired_goal": 1}
+    observation_space = Dict({k: Box(-np.inf, np.inf, (n,)) for k, n in sizes.items()})
 
     def observe(self):
         parts = {"observation": [self.position, self.time], "achieved_goal": [self.position]}
@@ -185,70 +125,44 @@ class Goals(Walk):
         return {name: np.array(part, np.float32) for name, part in parts.items()}
 
 
-class Fractions(Walk):
-    """Observations that are declared as integers and are not."""
-
-    observation_space = Box(-100, 100, (2,), np.int64)
-
-
 class GlobalDraws(Walk):
     """Starts that come from the generators that all share."""
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.position, self.time = random.random() + np.random.rand(), 0
+        self.position = random.random() + np.random.rand()
         return self.observe(), {}
 
 
 class Grasp(Walk):
-    """A bit that is 0 in the random steps and decides the reward later; and one that stays 0."""
+    """A bit that is 0 in the random steps and comes later; and one that never comes."""
 
     observation_space = Box(-np.inf, np.inf, (4,), np.float32)
 
     def observe(self):
         return np.array([self.position, self.time, self.lifetime > 30, 0], np.float32)
 
-    def reward(self):
-        return float(self.lifetime > 30)
 
+for kind in (Walk, *Walk.__subclasses__()):
+    gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=40)
 
-class Column(Walk):
-    """Actions with two axes."""
+for name, changes in {
+    "Huge": {"reward": 1e30},  # its square overflows a 32-bit float
+    "Large": {"reward": 1e8},  # too large to learn from, but not too large to compute with
+    "Terminates": {"length": 5},
+    "Grid": {"observation_space": Box(-np.inf, np.inf, (2, 3), np.float32)},
+    "Fractions": {"observation_space": Box(-100, 100, (2,), np.int64)},  # and they are none
+    "Column": {"action_space": Box(-1, 1, (3, 1), np.float32)},
+    "Scalar": {"action_space": Box(-1, 1, (), np.float32)},
+    "Constant": {"action_space": Box(np.array([-1, 0.3]), np.array([1, 0.3]))},
+    "Uneven": {"action_space": Box(-2.3, 1.37, (1,), np.float32)},  # rescaling rounds
+    "Integers": {"action_space": Box(-5, 5, (1,), np.int64)},
+    "NoBounds": {"action_space": Box(-np.inf, np.inf, (1,), np.float32)},
+}.items():
+    gym.register(f"{name}-v0", Walk, max_episode_steps=40, kwargs=changes)
 
-    action_space = Box(-1, 1, (3, 1), np.float32)
-
-
-class Scalar(Walk):
-    """Actions with none."""
-
-    action_space = Box(-1, 1, (), np.float32)
-
-
-class Constant(Walk):
-    """An action of which one number may not change."""
-
-    action_space = Box(np.array([-1, 0.3], np.float32), np.array([1, 0.3], np.float32))
-
-
-class Uneven(Walk):
-    """Bounds between which rescaling rounds."""
-
-    action_space = Box(-2.3, 1.37, (1,), np.float32)
-
-
-class Integers(Walk):
-    """Actions that are no continuous numbers."""
-
-    action_space = Box(-5, 5, (1,), np.int64)
-
-
-class NoBounds(Walk):
-    """Actions without bounds."""
-
-    action_space = Box(-np.inf, np.inf, (1,), np.float32)
-
-
-for walk in [kind for kind in globals().values() if isinstance(kind, type)]:
-    if issubclass(walk, Walk):
-        limit = None if walk in (Unlimited, Endless) else 40
-        gym.register(f"{walk.__name__}-v0", walk, max_episode_steps=limit)
+gym.register("NotANumberAtOnce-v0", NotANumber, max_episode_steps=40, kwargs={"fault_at": 0})
+# fails in the evaluation, an episode of 40 steps, before the training gets there
+gym.register("RaisesLate-v0", Raises, max_episode_steps=40, kwargs={"fault_at": 39})
+gym.register("Unlimited-v0", Walk, kwargs={"length": 5})  # no time limit: ends by itself ...
+gym.register("Endless-v0", Walk)  # ... or never

@@ -1,10 +1,7 @@
 """benchmark/diagnose.py: what it says of the guidance, against plain calculations."""
 
-import csv
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,42 +10,47 @@ from torch import nn
 
 import cup
 from benchmark import diagnose
+from benchmark.transfer import read_csv
 
-SCRIPT = Path(diagnose.__file__)
 STATES, SOURCES, OBS, ACTIONS = 64, 3, 5, 2
-SETTINGS = cup.Args(hidden_sizes=(16,), beta1=2.0, beta2=0.5, alpha_lr=0.0)
+SETTINGS = {"env_id": "Pendulum-v1", "hidden_sizes": (16,), "sources": ()}
 
 
-def make_batch():
+def make_agent(**settings) -> cup.Agent:
+    args = cup.Args(**SETTINGS | {"num_random_sources": SOURCES, "cuda": False} | settings)
+    return cup.Agent(args, OBS, ACTIONS, cup.load_sources(args, OBS, ACTIONS))
+
+
+def make_batch() -> cup.Batch:
     obs, next_obs = torch.randn(2, STATES, OBS)
     reward, terminated = torch.randn(STATES), torch.zeros(STATES)
     mean, log_std = torch.randn(2, STATES, SOURCES, ACTIONS)
     action = torch.rand(STATES, ACTIONS)
-    return obs, next_obs, action, reward, terminated, mean, log_std
+    return cup.Batch(obs, next_obs, action, reward, terminated, mean, log_std)
 
 
-def gradient(batch, **changes):
-    torch.manual_seed(3)
-    agent = cup.Agent(replace(SETTINGS, **changes), OBS, ACTIONS)
-    mean, _ = agent.actor(batch[0])
-    return mean.detach(), *diagnose.mean_gradient(agent, batch)
-
-
-def test_the_kl_terms_share_of_the_gradient():
-    """d/d mean of beta KL(N(mean, .) || N(m, s^2)) is beta (mean - m) / s^2."""
+def test_the_two_gradients_at_the_mean():
+    """d/d mean of beta KL(N(mean, .) || N(m, s^2)) is beta (mean - m) / s^2; SAC's by hand."""
     torch.manual_seed(0)
-    batch = make_batch()
-    _, sac, _ = gradient(batch, beta1=0.0)
-    mean, both, info = gradient(batch)
-    found = both - sac
-    assert 0 < (info["guidance"] < SOURCES).sum() < STATES
-    for state, guide in enumerate(info["guidance"].tolist()):
+    agent, batch = make_agent(beta1=2.0, beta2=0.5), make_batch()
+    torch.manual_seed(3)
+    states, (sac, kl) = diagnose.guidance_and_pull(agent, batch)
+    assert 0 < (states["guidance"] < SOURCES).sum() < STATES
+    torch.manual_seed(3)
+    noise = torch.randn(1, STATES, ACTIONS)[0]
+    mean, log_std = (x.detach() for x in agent.actor(batch.obs))
+    for k, guide in enumerate(states["guidance"].tolist()):
         expected = torch.zeros(ACTIONS)
         if guide < SOURCES:
-            distance = mean[state] - batch[-2][state, guide]
-            variance = batch[-1][state, guide].exp() ** 2
-            expected = info["weight"][state] * distance / variance / STATES
-        assert torch.allclose(found[state], expected, atol=1e-6)
+            distance = mean[k] - batch.source_mean[k, guide]
+            variance = batch.source_log_std[k, guide].exp() ** 2
+            expected = states["weight"][k] * distance / variance / STATES
+        assert torch.allclose(kl[k], expected, atol=1e-6)
+        own_mean = mean[k].clone().requires_grad_()
+        action, log_prob = cup.squash(own_mean, log_std[k], noise[k])
+        loss = agent.log_alpha.exp() * log_prob - agent.critic(batch.obs[k], action).min()
+        (expected,) = torch.autograd.grad(loss / STATES, own_mean)
+        assert torch.allclose(sac[k], expected, atol=1e-6)
 
 
 class Critics(nn.Module):
@@ -60,62 +62,61 @@ class Critics(nn.Module):
 
 def test_fresh_advantage_is_an_expectation():
     torch.manual_seed(0)
-    agent, batch = cup.Agent(SETTINGS, OBS, ACTIONS), make_batch()
+    agent, batch = make_agent(), make_batch()
     source = torch.randint(SOURCES, (STATES,))
     found = diagnose.fresh_advantage(agent.actor, Critics(), batch, source, 4_000)
-    mean, log_std = (x.detach() for x in agent.actor(batch[0]))
-    for state in range(8):
+    mean, log_std = (x.detach() for x in agent.actor(batch.obs))
+    for k in range(8):
+        theirs = batch.source_mean[k, source[k]], batch.source_log_std[k, source[k]]
         q = []
-        k = source[state]
-        for m, s in (
-            (batch[-2][state, k], batch[-1][state, k]),
-            (mean[state], log_std[state]),
-        ):
+        for m, s in (theirs, (mean[k], log_std[k])):
             action = torch.tanh(m + s.exp() * torch.randn(40_000, ACTIONS))
             twins = action[:, 0], -2 * action[:, 1]
             q.append(torch.stack([*twins, torch.minimum(*twins)]).mean(dim=1))
-        assert torch.allclose(found[:, state], q[0] - q[1], atol=0.1)
+        assert torch.allclose(found[:, k], q[0] - q[1], atol=0.1)
 
 
-def train_and_diagnose(tmp_path, *flags):
-    """What the program prints of a short run, and the row that it writes."""
-    run_dir, output = tmp_path / "run", tmp_path / "diagnosis.csv"
-    assert run_cup(*PENDULUM, *flags, "--run-dir", run_dir).returncode == 0
-    command = [sys.executable, SCRIPT, run_dir, "--states", "500", "--output", output]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    with open(output, newline="") as file:
-        (row,) = csv.DictReader(file)
-    return result.stdout, row
+def test_looking_changes_nothing():
+    """So that it can be called from within a run."""
+    agent = make_agent(buffer_size=300, batch_size=8)
+    agent.store(torch.randn(200, OBS), torch.rand(200, ACTIONS), torch.randn(200, OBS),
+                torch.randn(200), torch.zeros(200))
+    before = {name: x.clone() for name, x in agent.named_parameters()}
+    rng_state = torch.get_rng_state()
+    found = diagnose.look(agent, 64, 4)
+    assert diagnose.look(agent, 64, 4) == found
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    for name, parameter in agent.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
 
 
 def test_command_line(tmp_path):
-    stdout, row = train_and_diagnose(tmp_path)
+    """With many actions there is no luck: the update's own estimate is the expectation."""
+    run_dir = tmp_path / "run"
+    flags = "--num-guidance-samples", "64", "--checkpoint-interval", "1000"
+    assert run_cup(*PENDULUM, *flags, "--run-dir", run_dir).returncode == 0
+    command = [sys.executable, diagnose.__file__, run_dir, "--states", "500", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    (row,) = read_csv(tmp_path / "diagnosis.csv")
     assert (row["env_id"], row["seed"], row["step"]) == ("Pendulum-v1", "1", "1000")
     assert 0 < float(row["selected"]) < 1
     assert 0 <= float(row["twins_agree"]) <= 1
     assert float(row["pull"]) > 0
-    assert f"pull {row['pull']}" in stdout
-
-
-def test_with_many_actions_there_is_no_luck(tmp_path):
-    """The update's own estimate is then the expectation, and asking again finds the same.
-
-    A critic that had taken a step in between, here a large one, would say otherwise.
-    """
-    flags = "--num-guidance-samples", "64", "--q-lr", "0.3"
-    _, row = train_and_diagnose(tmp_path, *flags)
     assert float(row["again"]) == pytest.approx(float(row["advantage"]), rel=0.1)
+    assert f"pull {row['pull']}" in result.stdout
+    diagnose.play(run_dir, 16, tmp_path / "figure4.csv")
+    rows = read_csv(tmp_path / "figure4.csv")
+    assert len(rows) == 3 * 200
+    assert [row["candidate"] for row in rows[:3]] == ["random-1", "random-2", "target"]
+    assert {row["advantage"] for row in rows[2::3]} == {"0"}
 
 
-@pytest.mark.parametrize("what", ["nowhere", "without sources"])
-def test_what_it_cannot_look_into(tmp_path, what):
-    if what == "without sources":
-        content = {"args": {}, "sources": {}}
-        torch.save(content, tmp_path / "checkpoint.pt")
-    run_dir = tmp_path if what == "without sources" else tmp_path / "nowhere"
-    command = [sys.executable, SCRIPT, run_dir, "--output", tmp_path / "out.csv"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "no checkpoint with sources" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "out.csv").exists()
+def test_what_it_cannot_look_into(tmp_path, monkeypatch, capsys):
+    torch.save({"args": {}, "agent": {}, "sources": {}}, tmp_path / "checkpoint.pt")
+    for run_dir in (tmp_path, tmp_path / "nowhere"):
+        monkeypatch.setattr(sys, "argv", ["diagnose.py", str(run_dir)])
+        with pytest.raises(SystemExit) as stop:
+            diagnose.main()
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no checkpoint with sources" in line

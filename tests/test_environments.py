@@ -31,9 +31,7 @@ def walk(kind, seed=1):
     return env
 
 
-# -------------------------------------------- Meta-World --------------------------------------------
-
-
+# ---- Meta-World ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", ["reach-v2", *TARGETS])
 def test_goal_is_visible_and_redrawn_for_every_episode(task):
     env = cup.make_env(task, seed=1)
@@ -121,9 +119,7 @@ def test_an_episode_is_rebuilt_bit_for_bit_from_its_number_and_actions(task):
     np.testing.assert_array_equal(env.reset()[0], rebuilt.reset()[0])  # the next one
 
 
-# ---------------------------------------- other environments ----------------------------------------
-
-
+# ---- other environments --------------------------------------------------------------------------
 def test_actions_are_rescaled_from_minus_one_to_one():
     env, raw = cup.make_env("Pendulum-v1", seed=1), gym.make("Pendulum-v1")
     assert env.action_space == gym.spaces.Box(-1, 1, (1,), np.float32)

@@ -1,7 +1,7 @@
 """Learning on a small task: a good source helps, useless sources do little harm.
 
-A point in the plane accelerates by thrusters of unknown directions. It should come to
-rest at the origin. Everything runs through `cup.Agent` and `cup.ReplayBuffer`.
+A point in the plane accelerates by thrusters of unknown directions. It should come to rest at the
+origin. Everything runs through `cup.Agent` and its replay buffer.
 """
 
 from collections.abc import Callable
@@ -42,30 +42,25 @@ def pilot(obs: Tensor) -> tuple[Tensor, Tensor]:
     return mu, torch.full_like(mu, -1.5)
 
 
-def learn(seed: int, sources: list[Policy]) -> float:
+def learn(seed: int, **sources: Policy) -> float:
     """Mean reward per step of the policy after UPDATES updates, without its noise."""
     torch.manual_seed(seed)
     # the advantage of Eq. 4, and no cap: on so small a task beta2's would be too low
     guidance = {"beta1": 10.0, "beta2": 1.0, "soft_advantage": True}
-    learning = {"gamma": 0.95, "policy_lr": 1e-3, "q_lr": 1e-3}
-    args = cup.Args(sources=(), hidden_sizes=(64, 64), **guidance, **learning)
-    agent = cup.Agent(args, OBS_DIM, ACTION_DIM)
-    buffer = cup.ReplayBuffer(20_000, OBS_DIM, ACTION_DIM, len(sources))
-    terminated = torch.zeros(NUM_ENVS)
+    learning = {"gamma": 0.95, "policy_lr": 1e-3, "q_lr": 1e-3, "buffer_size": 20_000}
+    args = cup.Args(env_id="point", hidden_sizes=(64, 64), **guidance, **learning)
+    agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources)
     for t in range(RANDOM_STEPS + UPDATES):
         if t % EPISODE == 0:
             obs = first_states(NUM_ENVS)
-        with torch.no_grad():
-            mu, log_std = agent.actor(obs)
-            action, _ = cup.squash(mu, log_std, torch.randn_like(mu))
-            if t < RANDOM_STEPS:
-                action = 2 * torch.rand_like(action) - 1
-            source_dist = cup.query_sources(sources, obs, args)
+        action = agent.act(obs, [t % EPISODE] * NUM_ENVS)
+        if t < RANDOM_STEPS:
+            action = 2 * torch.rand_like(action) - 1
         next_obs, reward = step(obs, action)
-        buffer.add(obs, next_obs, action, reward, terminated, source_dist)
+        agent.store(obs, action, next_obs, reward, torch.zeros(NUM_ENVS))
         obs = next_obs
         if t >= RANDOM_STEPS:
-            agent.update(buffer.sample(128))
+            agent.update(agent.buffer.sample(128))
     return evaluate(agent.actor)
 
 
@@ -79,29 +74,25 @@ def evaluate(policy: Policy) -> float:
     return total / EPISODE
 
 
-def random_source(seed: int) -> cup.Actor:
-    """An untrained network, as --num-random-sources makes them."""
-    torch.manual_seed(seed)
-    return cup.Actor(OBS_DIM, ACTION_DIM, (64, 64))
-
-
 @pytest.fixture(scope="module")
 def sac() -> list[float]:
-    return [learn(seed, sources=[]) for seed in SEEDS]
+    return [learn(seed) for seed in SEEDS]
 
 
 def test_a_good_source_beats_sac(sac: list[float]):
     """At the same step, for every seed, and by a third of what SAC has left to gain."""
-    best = evaluate(pilot)
-    guided = [learn(seed, [pilot]) for seed in SEEDS]
+    guided = [learn(seed, pilot=pilot) for seed in SEEDS]
     assert all(ours > theirs for ours, theirs in zip(guided, sac, strict=True))
+    best = evaluate(pilot)
     assert best - mean(guided) < 2 / 3 * (best - mean(sac))
 
 
 def test_useless_sources_do_little_harm(sac: list[float]):
     """With untrained sources alone, CUP learns nearly as well as SAC."""
+    torch.manual_seed(9)
+    untrained = {name: cup.Actor(OBS_DIM, ACTION_DIM, (64, 64)) for name in "ab"}
     adrift = evaluate(lambda obs: (torch.zeros(len(obs), ACTION_DIM),) * 2)
-    misled = [learn(seed, [random_source(9), random_source(8)]) for seed in SEEDS]
+    misled = [learn(seed, **untrained) for seed in SEEDS]
     learnt = mean(sac) - adrift
     assert learnt > 0.3
     assert mean(misled) > mean(sac) - learnt / 4

@@ -1,9 +1,9 @@
 """Theorems 1 and 2 of the paper, on random Markov decision processes, as cup.py acts.
 
-States and actions are few, so everything is exact: soft values are the solution of a
-linear system, and a policy is an urn. Per state it holds URN actions; one is drawn. To
-take each action of the urn once, as a "sample" for `cup.expected_advantage`, is then
-not an estimate but the expectation itself.
+States and actions are few, so everything is exact: soft values are the solution of a linear
+system, and a policy is an urn. Per state it holds URN actions; one is drawn. To take each action of
+the urn once, as a "sample" for `cup.expected_advantage`, is then not an estimate but the
+expectation itself.
 """
 
 import math
@@ -43,9 +43,8 @@ def random_mdp(rng: np.random.Generator, alpha: float) -> MDP:
 
 def entropy(policy: np.ndarray) -> np.ndarray:
     """H(pi(.|s)), (states,)."""
-    return -(policy * np.log(policy, out=np.zeros_like(policy), where=policy > 0)).sum(
-        1
-    )
+    log = np.log(policy, out=np.zeros_like(policy), where=policy > 0)
+    return -(policy * log).sum(axis=1)
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -61,9 +60,7 @@ def random_urns(rng: np.random.Generator) -> np.ndarray:
     """
     shape = URN - ACTIONS, STATES, SOURCES + 1
     favourite = rng.integers(ACTIONS, size=shape[1:])
-    rest = np.where(
-        rng.random(shape) < 0.7, favourite, rng.integers(ACTIONS, size=shape)
-    )
+    rest = np.where(rng.random(shape) < 0.7, favourite, rng.integers(ACTIONS, size=shape))
     each = np.broadcast_to(np.arange(ACTIONS)[:, None, None], (ACTIONS, *shape[1:]))
     return np.concatenate([each, rest])
 
@@ -75,28 +72,9 @@ def probabilities(urns: np.ndarray) -> np.ndarray:
 
 def advantage_in_cup(urns: np.ndarray, q: np.ndarray, alpha: float) -> torch.Tensor:
     """Eq. 4 for every state and candidate, by cup.py."""
-    state = np.arange(STATES)[:, None]
-    candidate = np.arange(SOURCES + 1)
+    state, candidate = np.arange(STATES)[:, None], np.arange(SOURCES + 1)
     log_prob = np.log(probabilities(urns))[state, candidate, urns]
-    samples = torch.tensor(q[state, urns]), torch.tensor(log_prob)
-    return cup.expected_advantage(*samples, alpha)[0]
-
-
-def wrong_by(
-    epsilon: float,
-    kind: str,
-    rng: np.random.Generator,
-    candidates: np.ndarray,
-    advantage: torch.Tensor,
-) -> np.ndarray:
-    """An error of Q, (states, actions), nowhere larger than epsilon (Eq. 6).
-
-    The malicious one lends to the worst candidate what it takes from the target policy.
-    """
-    if kind == "random":
-        return rng.uniform(-epsilon, epsilon, (STATES, ACTIONS))
-    worst = candidates[np.arange(STATES), advantage.argmin(dim=1)]
-    return epsilon * np.sign(worst - candidates[:, -1])
+    return cup.expected_advantage(torch.tensor(q[state, urns]), torch.tensor(log_prob), alpha)[0]
 
 
 @dataclass
@@ -104,7 +82,6 @@ class Guidance:
     """An MDP, and the policy that cup.py puts together with an epsilon-wrong Q."""
 
     mdp: MDP
-    candidates: np.ndarray  # (states, SOURCES + 1, actions)
     policy: np.ndarray  # the guidance policy, (states, actions)
     worst: np.ndarray  # its caricature: the worst candidate everywhere
     v_target: np.ndarray
@@ -112,22 +89,26 @@ class Guidance:
 
 
 def guidance(seed: int, alpha: float, epsilon: float, kind: str = "random") -> Guidance:
-    rng = np.random.default_rng(seed)
+    """The error of Q is nowhere larger than epsilon (Eq. 6).
+
+    The malicious one lends to the worst candidate what it takes from the target policy.
+    """
+    rng, state = np.random.default_rng(seed), np.arange(STATES)
     mdp, urns = random_mdp(rng, alpha), random_urns(rng)
-    candidates = probabilities(urns)
+    candidates = probabilities(urns)  # (states, SOURCES + 1, actions)
     v_target, q = mdp.values(candidates[:, -1])
     truth = advantage_in_cup(urns, q, alpha)
-    q_wrong = q + wrong_by(epsilon, kind, rng, candidates, truth)
-    advantage = advantage_in_cup(urns, q_wrong, alpha)
+    error = rng.uniform(-epsilon, epsilon, q.shape)
+    if kind == "malicious":
+        worst = candidates[state, truth.argmin(dim=1)]
+        error = epsilon * np.sign(worst - candidates[:, -1])
+    advantage = advantage_in_cup(urns, q + error, alpha)
     chosen = cup.guidance_policy(advantage).numpy()  # Eq. 7
-    worst = candidates[np.arange(STATES), advantage.argmin(dim=1)]
-    policy = candidates[np.arange(STATES), chosen]
-    return Guidance(mdp, candidates, policy, worst, v_target, chosen)
+    worst = candidates[state, advantage.argmin(dim=1)]
+    return Guidance(mdp, candidates[state, chosen], worst, v_target, chosen)
 
 
-# ------------------------------------- Theorem 1 --------------------------------------
-
-
+# ---- Theorem 1 -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["random", "malicious"])
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
@@ -137,8 +118,7 @@ def test_theorem_1(alpha: float, epsilon: float, kind: str):
     for seed in SEEDS:
         g = guidance(seed, alpha, epsilon, kind)
         v_guidance, _ = g.mdp.values(g.policy)
-        bound = g.v_target - 2 * epsilon / (1 - g.mdp.gamma)
-        assert (v_guidance >= bound - ROUNDING).all()
+        assert (v_guidance >= g.v_target - 2 * epsilon / (1 - g.mdp.gamma) - ROUNDING).all()
         improved += (v_guidance > g.v_target).all()
         chosen |= set(g.chosen)
     assert chosen == set(range(SOURCES + 1))
@@ -176,13 +156,10 @@ def test_ties_go_to_the_target_policy():
     rng = np.random.default_rng(0)
     urns = np.repeat(random_urns(rng)[:, :, -1:], SOURCES + 1, axis=2)
     _, q = random_mdp(rng, 0.1).values(probabilities(urns)[:, -1])
-    advantage = advantage_in_cup(urns, q, alpha=0.1)
-    assert (cup.guidance_policy(advantage) == SOURCES).all()
+    assert (cup.guidance_policy(advantage_in_cup(urns, q, alpha=0.1)) == SOURCES).all()
 
 
-# ------------------------------------- Theorem 2 --------------------------------------
-
-
+# ---- Theorem 2 -----------------------------------------------------------------------------------
 def near(policy: np.ndarray, delta: float, rng: np.random.Generator) -> np.ndarray:
     """A policy in a random direction from `policy`, delta nats away, or all the way."""
     direction = rng.normal(size=policy.shape)
@@ -199,21 +176,14 @@ def near(policy: np.ndarray, delta: float, rng: np.random.Generator) -> np.ndarr
     return tilt(low)
 
 
-def theorem_2_bound(
-    mdp: MDP,
-    v_target: np.ndarray,
-    new: np.ndarray,
-    entropy_reference: np.ndarray,
-    delta: float,
-    epsilon: float,
-) -> np.ndarray:
-    """Right-hand side of Eq. 10, (states,).
+def theorem_2_bound(mdp, v_target, new, reference, delta: float, epsilon: float) -> np.ndarray:
+    """Right-hand side of Eq. 10, (states,), with the entropy difference to `reference`.
 
     The paper's sqrt(2 ln 2 delta) has delta in bits; cup.py's KL is in nats.
     """
     delta_bits = delta / math.log(2)
     r_max, h_max = np.abs(mdp.reward).max(), entropy(new).max()
-    h_difference = np.abs(entropy_reference - entropy(new)).max()
+    h_difference = np.abs(entropy(reference) - entropy(new)).max()
     far = math.sqrt(2 * math.log(2) * delta_bits) * (r_max + mdp.alpha * h_max)
     slack = 2 * epsilon + mdp.alpha * h_difference
     return v_target - far / (1 - mdp.gamma) ** 2 - slack / (1 - mdp.gamma)
@@ -225,8 +195,7 @@ def theorem_2_bound(
 def test_theorem_2(alpha: float, epsilon: float, delta: float):
     """KL(new policy || guidance policy) <= delta keeps the new policy above Eq. 10.
 
-    The entropy difference is that between the new and the guidance policy: see the test
-    after the next.
+    The entropy difference is that between the new and the guidance policy: see the last test.
     """
     for seed in SEEDS:
         g = guidance(seed, alpha, epsilon, "malicious")
@@ -234,11 +203,8 @@ def test_theorem_2(alpha: float, epsilon: float, delta: float):
         distance = kl(new, g.policy)
         assert (distance <= delta + ROUNDING).all()  # Eq. 9
         assert (distance >= 0.99 * delta - ROUNDING).any()
-        v_new, _ = g.mdp.values(new)
-        bound = theorem_2_bound(
-            g.mdp, g.v_target, new, entropy(g.policy), delta, epsilon
-        )
-        assert (v_new >= bound - ROUNDING).all()
+        bound = theorem_2_bound(g.mdp, g.v_target, new, g.policy, delta, epsilon)
+        assert (g.mdp.values(new)[0] >= bound - ROUNDING).all()
 
 
 def test_theorem_2_fails_near_the_worst_candidate():
@@ -247,21 +213,19 @@ def test_theorem_2_fails_near_the_worst_candidate():
     for seed in SEEDS:
         g = guidance(seed, alpha=0.1, epsilon=0.0)
         new = near(g.worst, 1e-4, np.random.default_rng(seed))
-        v_new, _ = g.mdp.values(new)
-        bound = theorem_2_bound(g.mdp, g.v_target, new, entropy(g.worst), 1e-4, 0.0)
-        violated += (v_new < bound).any()
+        bound = theorem_2_bound(g.mdp, g.v_target, new, g.worst, 1e-4, 0.0)
+        violated += (g.mdp.values(new)[0] < bound).any()
     assert violated >= 50
 
 
 def test_theorem_2_needs_the_entropy_of_the_guidance_policy():
     """In print, Eq. 10 has |H(old target) - H(new target)|; with that it can fail.
 
-    One state, no future, two actions with rewards 1 and -1, alpha = 1.5. The old target
-    policy always takes the first, the only source tosses a coin: for the entropy's sake
-    it is the guidance policy. A new target that always takes the second is ln 2 away
-    from it, and neither target has any entropy; yet it loses more than Eq. 10 allows.
-    With |H(guidance) - H(new target)| the bound follows from Theorem 1 and Pinsker's
-    inequality, and holds.
+    One state, no future, two actions with rewards 1 and -1, alpha = 1.5. The old target policy
+    always takes the first, the only source tosses a coin: for the entropy's sake it is the guidance
+    policy. A new target that always takes the second is ln 2 away from it, and neither target has
+    any entropy; yet it loses more than Eq. 10 allows. With |H(guidance) - H(new target)| the bound
+    follows from Theorem 1 and Pinsker's inequality, and holds.
     """
     mdp = MDP(np.array([[1.0, -1.0]]), np.ones((1, 2, 1)), gamma=0.0, alpha=1.5)
     coin, old, new = (np.array([p]) for p in ([0.5, 0.5], [1.0, 0.0], [0.0, 1.0]))
@@ -274,6 +238,6 @@ def test_theorem_2_needs_the_entropy_of_the_guidance_policy():
 
     v_new, _ = mdp.values(new)
     delta = math.log(2)  # KL(new || coin), in nats
-    as_printed = theorem_2_bound(mdp, v_old, new, entropy(old), delta, 0.0)
-    as_proven = theorem_2_bound(mdp, v_old, new, entropy(coin), delta, 0.0)
+    as_printed = theorem_2_bound(mdp, v_old, new, old, delta, 0.0)
+    as_proven = theorem_2_bound(mdp, v_old, new, coin, delta, 0.0)
     assert as_proven.item() <= v_new.item() < as_printed.item()

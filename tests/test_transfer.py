@@ -1,7 +1,6 @@
 """benchmark/transfer.py with a stand-in for cup.py: no training, only its files."""
 
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -14,55 +13,61 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.transfer import update_csv
+from benchmark import transfer
 
-BENCHMARK = Path(__file__).parents[1] / "benchmark"
+SCRIPT = Path(transfer.__file__)
+# starts or goes on like cup.py --resume, one row of metrics.csv each 50 ms
 STAND_IN = """
-import fcntl, pathlib, signal, sys, time
+import pathlib, signal, sys, time
 flag = lambda name: sys.argv[sys.argv.index(name) + 1]
 if "--boom" in sys.argv and "sac" in flag("--run-dir"):
     sys.exit("cup.py: boom")
-resume = "--resume" in sys.argv
-run = pathlib.Path(flag("--resume") if resume else flag("--run-dir"))
-if not resume:
-    run.mkdir(parents=True)
-metrics = open(run / "metrics.csv", "a")
-fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-columns = "step,time/seconds,time/steps_per_second,eval/success_rate,eval/return"
-if not resume:
-    print(columns, file=metrics, flush=True)
-saved = run / "checkpoint.pt"
-step = int(saved.read_text()) if resume else 0
-saved.write_text(str(step))
+assert "--resume" in sys.argv
+run = pathlib.Path(flag("--run-dir"))
+saved, metrics = run / "checkpoint.pt", run / "metrics.csv"
+step = int(saved.read_text()) if saved.exists() else 0
+if not saved.exists():
+    metrics.write_text("step,eval/success_rate,eval/return\\n")
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(9) if stop else stop.append(1))
 while step < int(flag("--total-timesteps")) and not stop:
     step += 100
-    print(f"{step},1,100,0.5,{step / 2}", file=metrics, flush=True)
+    print(f"{step},0.5,{step / 2}", file=open(metrics, "a"), flush=True)
     time.sleep(0.05)
+time.sleep(0.3)
 saved.write_text(str(step))
+print("said at the end")
 """
 
 
 @pytest.fixture
-def transfer(tmp_path):
-    """Start benchmark/transfer.py beside a stand-in, with tmp_path as its runs."""
-    (tmp_path / "benchmark").mkdir()
-    shutil.copy(BENCHMARK / "transfer.py", tmp_path / "benchmark")
+def start(tmp_path):
+    """Starts benchmark/transfer.py beside a stand-in, with tmp_path as its runs."""
+    for folder in ("benchmark", "sources"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(SCRIPT, tmp_path / "benchmark")
     (tmp_path / "cup.py").write_text(STAND_IN)
-    (tmp_path / "sources").mkdir()
     for name in ("reach-v2", "push-v2", "pick-place-v2"):
         (tmp_path / "sources" / f"{name}.pt").touch()
 
-    def start(arguments="", wait=True):
+    def start(arguments: str, wait=True, **environment):
         command = [sys.executable, "benchmark/transfer.py", *arguments.split()]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options["env"] = os.environ | environment
+        process = subprocess.Popen(command, cwd=tmp_path, **options)
         if wait:
             process.out, process.err = process.communicate(timeout=60)
         return process
 
     return start
+
+
+def wait_for(text: str, path: Path) -> None:
+    """Until it is in the file."""
+    end = time.monotonic() + 60
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def write_run(folder: Path, rows: list[dict], **settings) -> None:
@@ -75,45 +80,29 @@ def write_run(folder: Path, rows: list[dict], **settings) -> None:
 
 
 def row(step, **values):
-    columns = ["time/seconds", "time/steps_per_second", "train/success_rate"]
-    columns += ["eval/success_rate", "eval/return"]
+    columns = ["time/seconds", "train/success_rate", "eval/success_rate", "eval/return"]
     return {"step": step} | dict.fromkeys(columns, "1") | values
 
 
-def test_list_prints_every_command_first_seeds_first(transfer):
-    arguments = (
-        "--tasks a-v2 b-v2 --seeds 1 2 --total-timesteps 900 --list -- --beta1 3"
-    )
-    lines = transfer(arguments).out.splitlines()
-    assert len(lines) == 8
-    for line, seed, task, method in zip(
-        lines, "11112222", "aabbaabb", ("cup", "sac") * 4, strict=True
-    ):
+def test_list_prints_every_command_first_seeds_first(start):
+    flags = "--tasks a-v2 b-v2 --seeds 1 2 --methods cup sac ptf --total-timesteps 900"
+    lines = start(f"{flags} --list -- --beta1 3").out.splitlines()
+    tasks, methods = ["a-v2"] * 3 + ["b-v2"] * 3, ["cup", "sac", "ptf"]
+    about = zip(lines, [1] * 6 + [2] * 6, tasks * 2, methods * 4, strict=True)
+    for line, seed, task, method in about:
+        script = "baselines/ptf.py" if method == "ptf" else "cup.py"
         assert line == (
-            f"python cup.py --env-id {task}-v2 --seed {seed} --total-timesteps 900 "
-            f"--threads 1 --run-dir runs/transfer/{task}-v2__{method}__{seed} --beta1 3"
-            + " --sources"
-            * (method == "sac")
+            f"python {script} --env-id {task} --seed {seed} --total-timesteps 900 --threads 1"
+            f" --run-dir runs/transfer/{task}__{method}__{seed} --resume --beta1 3"
+            + " --sources" * (method == "sac")
         )
-    lines = transfer("--list --tag beta3").out.splitlines()
-    assert len(lines) == 36
-    assert lines[0].endswith("hammer-v2__cup__1__beta3")
+    lines = start("--list --tag beta3").out.splitlines()
+    assert len(lines) == 6 * 2 * 3
+    assert "hammer-v2__cup__1__beta3 " in lines[0]
+    assert all(" --total-timesteps 500000 " in line for line in lines)
 
 
-def test_the_default_commands_are_those_of_the_committed_study(transfer):
-    steps = {}
-    with open(BENCHMARK / "transfer.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            steps[f"{row['env_id']}__{row['method']}__{row['seed']}"] = row["step"]
-    printed = {}
-    for line in transfer("--list").out.splitlines():
-        words = line.split()
-        run_dir = Path(words[words.index("--run-dir") + 1])
-        printed[run_dir.name] = words[words.index("--total-timesteps") + 1]
-    assert printed == steps
-
-
-def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
+def test_collect_writes_sorted_csv_and_keeps_other_runs(start, tmp_path):
     runs, out = tmp_path / "runs" / "transfer", tmp_path / "benchmark"
     guided = [
         row(
@@ -122,28 +111,26 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
             **{"guidance/selected/a": 0.25, "guidance/selected/target": 0.75},
             **{"guidance/advantage/a": -k, "guidance/advantage/target": 0},
         )
-        for k in range(1, 302)  # the last one is after the last evaluation
+        for k in range(1, 301)
     ]
     write_run(runs / "x-v2__cup__10", guided)
     write_run(runs / "x-v2__cup__2", [row(20, **{"eval/return": "3.14159265"})])
     write_run(runs / "x-v2__sac__1", [row(20, **{"eval/success_rate": ""})])
-    tuned = ["beta1", "beta2", "num_guidance_samples", "soft_advantage"]
-    tuned += ["source_mean_bound", "source_log_std_min", "guidance_starts"]
-    tuned += ["num_envs", "utd_ratio", "batch_size", "policy_lr", "q_lr"]
-    tuned += ["alpha_lr", "init_alpha"]
-    settings = dict.fromkeys(tuned, 5) | {"sources": ["/here/a.pt", "there/b.pt"]}
+    (runs / "x-v2__sac__2").mkdir()  # started, nothing logged yet
+    settings = dict.fromkeys(transfer.TUNED, 5) | {"sources": ["/here/a.pt", "there/b.pt"]}
+    del settings[transfer.TUNED[-1]]  # as in a run of an older cup.py
     guidance = {"guidance/selected/target": 0.75, "entropy": "-3.14159265"}
     write_run(runs / "x-v2__cup__1__b", [row(20, **guidance)], **settings)
     write_run(runs / "x-v2__sac__1__b", [row(20)], **settings)
-    header = "env_id,method,seed,step,success_rate,return"
-    kept = "w-v2,cup,1,5,0.5,1"
-    stale = "x-v2,sac,1,5,0.5,1"
-    (out / "transfer.csv").write_text(f"{header}\n{stale}\n{kept}\n")
-    older = f"tag,env_id,method,seed,sources,{','.join(tuned)},step,success_rate,return"
-    line = "old,x-v2,cup,1,a b," + "5," * len(tuned) + "20,1,1"
-    (out / "tuning.csv").write_text(f"{older}\n{line}\n")
+    header, kept = "env_id,method,seed,step,success_rate,return", "w-v2,cup,1,5,0.5,1"
+    (out / "transfer.csv").write_text(f"{header}\nx-v2,sac,1,5,0.5,1\n{kept}\n")
+    # tuning.csv as it was before another setting came to it
+    known = transfer.TUNED[1:-1]
+    older = f"tag,env_id,method,seed,sources,{','.join(known)},step,success_rate,return"
+    values = "a b," + "5," * len(known)
+    (out / "tuning.csv").write_text(f"{older}\nold,x-v2,cup,1,{values}20,1,1\n")
     for _ in range(2):  # the second time changes nothing
-        assert transfer("--collect").returncode == 0
+        assert start("--collect").returncode == 0
         assert (out / "transfer.csv").read_text().splitlines() == [
             header,
             kept,
@@ -156,10 +143,18 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(transfer, tmp_path):
         assert lines[1] == "x-v2,10,2000,a,0.25,-1.5,1"
         assert lines[2] == "x-v2,10,2000,target,0.75,0,1"
         lines = (out / "tuning.csv").read_text().splitlines()
-        values = "a b," + "5," * len(tuned)
-        assert lines[1] == f"b,x-v2,cup,1,{values}20,1,1,0.75,-3.1416"
-        assert lines[2] == f"b,x-v2,sac,1,{values}20,1,1,,"
-        assert lines[3] == f"old,x-v2,cup,1,{values}20,1,1,,"
+        assert lines[1] == f"b,x-v2,cup,1,{values},20,1,1,0.75,-3.1416"
+        assert lines[2] == f"b,x-v2,sac,1,{values},20,1,1,,"
+        assert lines[3] == f"old,x-v2,cup,1,{values},20,1,1,,"
+
+
+@pytest.mark.parametrize("name, keys", [("transfer", 3), ("selection", 2), ("tuning", 4)])
+def test_the_committed_files_stay_as_they_are(tmp_path, name, keys):
+    committed = SCRIPT.with_name(f"{name}.csv")
+    shutil.copy(committed, tmp_path)
+    columns = committed.read_text().split("\n")[0].split(",")
+    transfer.update_csv(tmp_path / f"{name}.csv", columns, keys, [])
+    assert (tmp_path / f"{name}.csv").read_bytes() == committed.read_bytes()
 
 
 def test_studies_that_collect_at_the_same_time_lose_nothing(tmp_path):
@@ -167,74 +162,92 @@ def test_studies_that_collect_at_the_same_time_lose_nothing(tmp_path):
 
     def collect(number: int) -> None:
         row = {"run": number, "step": 1}
-        update_csv(tmp_path / "runs.csv", ["run", "step"], 1, [row])
+        transfer.update_csv(tmp_path / "runs.csv", ["run", "step"], 1, [row])
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(collect, range(100)))
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert lines == ["run,step", *(f"{number},1" for number in range(100))]
-    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
-def test_status_tells_done_stopped_running_and_waiting(transfer, tmp_path):
-    runs = tmp_path / "runs" / "transfer"
-    write_run(runs / "a__sac__1", [row(500)])
-    write_run(runs / "b__sac__1", [row(400)])
-    write_run(runs / "c__sac__1", [row(300)])
-    arguments = "--methods sac --seeds 1 --total-timesteps 500 --workers 1"
-    with open(runs / "c__sac__1" / "metrics.csv", "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        status = transfer(f"--status --tasks a b c d {arguments}").out.splitlines()
-    states = [line.split()[0] for line in status[1:]]
-    assert states[:4] == ["done", "stopped", "running", "waiting"]
-    assert status[-1].startswith("1 done, 1 running, 1 stopped, 1 waiting; 800 steps")
-
-
-def test_mistakes_are_one_sentence_and_exit_code_2(transfer, tmp_path):
+def test_mistakes_are_one_sentence_and_exit_code_2(start, tmp_path):
     (tmp_path / "sources" / "push-v2.pt").unlink()
-    for arguments in ("", "--tag a__b", "--workers 0", "--tasks"):
-        process = transfer(arguments)
+    mistakes = "--tasks a", "--methods sac ptf -- --sources", "--methods sac --cluster slurm"
+    for arguments in mistakes:
+        process = start(arguments)
         assert process.returncode == 2, arguments
         assert process.err.startswith("transfer.py: ")
         assert process.err.count("\n") == 1
 
 
-def test_runs_all_reports_failures_and_skips_the_finished(transfer, tmp_path):
-    pytest.importorskip("submitit")
+def test_runs_all_reports_failures_and_skips_the_finished(start, tmp_path):
     arguments = "--tasks a b --seeds 1 --total-timesteps 300 --workers 4"
-    process = transfer(f"{arguments} -- --boom")
+    process = start(f"{arguments} -- --boom")
     assert process.returncode == 1, process.err
-    assert process.out.count("finished") == 2
-    assert process.out.count("FAILED") == 2
-    assert process.out.count("cup.py: boom") == 2
-    process = transfer(f"{arguments} --methods cup")
+    assert process.out.count("ended at step 300: said at the end") == 2
+    assert process.out.count("ended at step 0: cup.py: boom") == 2
+    process = start(f"{arguments} --methods cup")
     assert process.returncode == 0
-    assert "2 jobs, 0 to run" in process.out
+    assert "2 runs, 0 to go" in process.out
     lines = (tmp_path / "benchmark" / "transfer.csv").read_text().splitlines()
-    assert [line.rsplit(",", 3)[0] for line in lines[1:]] == 3 * ["a,cup,1"] + 3 * [
-        "b,cup,1"
-    ]
+    runs = ["a,cup,1"] * 3 + ["b,cup,1"] * 3
+    assert [line.rsplit(",", 3)[0] for line in lines[1:]] == runs
+    status = start(f"{arguments} --status").out.split()
+    assert status == "a__cup__1 300 a__sac__1 0 b__cup__1 300 b__sac__1 0".split()
+
+
+def test_a_run_that_has_a_process_is_left_alone(start, tmp_path):
+    arguments = "--tasks a --methods cup --seeds 1 --total-timesteps 4000"
+    first = start(arguments, wait=False)
+    wait_for("\n100,", tmp_path / "runs" / "transfer" / "a__cup__1" / "metrics.csv")
+    second = start(arguments)
+    assert "a__cup__1 has a process already" in second.out
+    first.terminate()
+    first.communicate(timeout=20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_jobs_with_a_checkpoint_and_they_go_on(
-    transfer, tmp_path, number
-):
-    pytest.importorskip("submitit")
+def test_a_signal_ends_runs_with_a_checkpoint_and_they_go_on(start, tmp_path, number):
     run = tmp_path / "runs" / "transfer" / "a__cup__1"
-    process = transfer("--tasks a --methods cup --seeds 1", wait=False)
-    metrics = run / "metrics.csv"
-    while not (metrics.exists() and "\n300," in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
+    arguments = "--tasks a --methods cup --seeds 1"
+    process = start(arguments, wait=False)
+    wait_for("\n300,", run / "metrics.csv")
     os.kill(process.pid, number)
-    out, _ = process.communicate(timeout=20)
+    process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert "stopped a__cup__1 at step" in out
     step = int((run / "checkpoint.pt").read_text())
-    last = metrics.read_text().splitlines()[-1]
+    last = (run / "metrics.csv").read_text().splitlines()[-1]
     assert last.startswith(f"{step},")  # it wrote its checkpoint, and nothing since
-    more = str(step + 200)
-    again = transfer(f"--tasks a --methods cup --seeds 1 --total-timesteps {more}")
+    again = start(f"{arguments} --total-timesteps {step + 200}")
     assert again.returncode == 0
-    assert (run / "checkpoint.pt").read_text() == more
+    assert (run / "checkpoint.pt").read_text() == str(step + 200)
+
+
+# as much of Slurm as submitit needs to run the two tasks of an array on this machine
+SBATCH = """#!/bin/sh
+for task in 0 1; do
+    SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 \\
+    SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 sh "$1" &
+done >/dev/null 2>&1
+echo Submitted batch job 7
+"""
+SRUN = '#!/bin/sh\nwhile [ "$1" != --error ]; do shift; done; shift 2; exec "$@"\n'
+
+
+def test_slurm_gets_an_array_of_jobs(start, tmp_path):
+    pytest.importorskip("submitit")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in {"sbatch": SBATCH, "srun": SRUN}.items():
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    flags = "--cluster slurm --tasks a b --methods cup --seeds 1 --total-timesteps 300 --workers 2"
+    process = start(flags, PATH=f"{tools}:{os.environ['PATH']}")
+    assert process.returncode == 0, process.err
+    runs = tmp_path / "runs" / "transfer"
+    sheet = (runs / "submitit" / "7_submission.sh").read_text()
+    assert "#SBATCH --array=0-1%2" in sheet and "#SBATCH --signal=TERM@120" in sheet
+    for name in ("a__cup__1", "b__cup__1"):
+        wait_for("said at the end", runs / name / "log.txt")
+    process = start(flags, PATH=f"{tools}:{os.environ['PATH']}")
+    assert (process.returncode, process.out) == (0, "2 runs, 0 to go, 2 at a time\n")

@@ -1,0 +1,248 @@
+"""MAMBA (Cheng, Kolobov, Agarwal; NeurIPS 2020) on SAC, one of the paper's baselines.
+
+V^k is the value of source k on the target task, and f(s) = max_k V^k(s) the baseline to improve
+upon. The advantage over f of one step, and its generalisation, where lambda says how far to look:
+
+    A(s, a) = r + gamma E[f(s')] - f(s),    A_lambda = sum_j (gamma lambda)^j A(s_j, a_j)
+
+lambda = 0 improves on f by one step, lambda = 1 is reinforcement learning without f.
+
+    python baselines/mamba.py --env-id push-wall-v2                   # the shipped source policies
+    python baselines/mamba.py --env-id push-wall-v2 --gae-lambda 1    # what the roll-outs cost
+
+It takes cup.py's arguments; those of the guidance (beta_1, beta_2, ...) mean nothing here.
+
+As in the paper and its released code:
+- Half of the episodes are the learner's alone. In the others it acts until step t_e (roll-in), then
+  a source, drawn uniformly, to the end (roll-out). Only the steps from t_e on train that source's
+  V^k, on their Monte-Carlo returns, in 100 minibatches when the episode is over. The first two
+  roll-outs of every source have t_e = 0. An episode that ends before t_e is the learner's.
+- t_e is uniform over the episode (the paper; the released code draws it geometrically). The length
+  of the episode that ended last stands for this one's.
+- lambda is 0.9; the V^k are networks of 256x256, trained by Adam at 1e-3.
+- A time limit is not an end: the return goes on with V^k(s_T) as it is now. After a termination
+  nothing follows.
+
+Adapted to the SAC of cup.py:
+- A_lambda is made for policy gradients. In SAC it is one changed line, the critic's target:
+      y = r + gamma (1 - d) [(1 - lambda) f(s') + lambda (min Q(s', a') - alpha log pi(a'|s'))]
+  because then Q(s, a) - f(s) is A_lambda, and f(s) makes no difference to the actor. f is a value
+  without entropy bonus.
+- Until every source has finished a roll-out there is no f, and lambda is 1.
+- All transitions are replayed, the roll-outs' too; MAMBA is on policy and learns from its own.
+- Roll-outs count as environment steps. `train/return` is the mean over all episodes,
+  `train/learner_return` that over the last 20 in which no source acted.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cup
+
+
+@dataclass
+class Args(cup.Args):
+    """Train a target policy that improves on the values of source policies (MAMBA)."""
+
+    gae_lambda: float = 0.9  # lambda in A_lambda: 0 is one step of improvement on f, 1 is SAC
+    rollout_share: float = 0.5  # share of the episodes that a source finishes, from step t_e on
+    first_rollouts: int = 2  # roll-outs of every source with t_e = 0, before t_e is random
+    value_updates: int = 100  # minibatches that train V^k when a roll-out of source k is over
+    value_lr: float = 1e-3  # learning rate of every V^k
+
+    def __post_init__(self):
+        # cup.Args checks its own; a zero of ours it would call out of range
+        cup.Args(**{field.name: getattr(self, field.name) for field in fields(cup.Args)})
+        if not (0 <= self.gae_lambda <= 1 and 0 <= self.rollout_share <= 1):
+            raise ValueError("--gae-lambda and --rollout-share must be from 0 to 1")
+        if self.first_rollouts < 0 or self.value_updates < 1 or not 0 < self.value_lr < math.inf:
+            raise ValueError("--first-rollouts, --value-updates or --value-lr is out of range")
+        if self.rollout_share == 0 and self.gae_lambda < 1:
+            raise ValueError("without roll-outs there is no f: --rollout-share 0, --gae-lambda 1")
+        if not (self.sources or self.num_random_sources or self.evaluate):
+            raise ValueError("MAMBA improves on source policies: name some with --sources")
+
+
+class Mamba(cup.Agent):
+    """SAC with roll-outs of the sources, with their values, and with another target."""
+
+    RECENT_STATES = 1_000  # of a source's roll-outs, for the explained variance of V^k
+    # what `get_extra_state` saves beside networks and generator
+    BOOKKEEPING = ("source", "switch", "steps", "returns", "paths", "last_length", "num_rollouts",
+                   "learner_returns", "rollouts", "logged")
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
+        super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
+        self.names, self.source_policies = list(sources), list(sources.values())
+        # what SAC does not draw comes from generators of our own: without roll-outs, lambda = 1
+        # is SAC bit for bit
+        self.generator = torch.Generator().manual_seed(cup.derive_seed(args.seed, 4))
+        with torch.random.fork_rng():
+            torch.manual_seed(cup.derive_seed(args.seed, 5))
+            networks = [cup.mlp(obs_dim, *args.hidden_sizes, 1) for _ in sources]
+        # V^k(s): obs (..., obs_dim) -> (..., 1)
+        self.values = nn.ModuleList(nn.Sequential(cup.Standardize(obs_dim), *n) for n in networks)
+        self.values.to(device)
+        self.value_optimizer = torch.optim.Adam(self.values.parameters(), args.value_lr, fused=True)
+
+        # ---- the present episode of every environment
+        self.source = [0] * args.num_envs  # k, if it is a roll-out
+        self.switch = [math.inf] * args.num_envs  # t_e; infinity: the learner acts to the end
+        self.steps = [0] * args.num_envs  # steps before the last action
+        self.returns = [math.nan] * args.num_envs  # NaN: it began among the random steps
+        # transitions since t_e: obs, next_obs, reward, terminated
+        self.paths = [torch.empty(0, 2 * obs_dim + 2) for _ in range(args.num_envs)]
+        # ---- the episodes before
+        self.last_length, self.num_rollouts = 0, 0
+        self.learner_returns = []  # of the last 20
+        # states that train V^k: obs, the roll-out's last_obs, the discounted rewards up to there,
+        # the factor of V^k(last_obs), V^k(obs) before it learnt from this roll-out
+        self.rollouts = [torch.empty(0, 2 * obs_dim + 3) for _ in sources]
+        self.logged = {}  # scalars that `update` returns beside SAC's
+        self.metrics += ["train/learner_return", "loss/value"]
+        for kind in ("explained_variance", "largest"):
+            self.metrics += [f"value/{kind}/{name}" for name in sources]
+
+    # ------------------------------------ roll-in and roll-out ------------------------------------
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
+        """The learner's actions; from step t_e on, samples from the source of the episode."""
+        action = super().act(obs, episode_steps)
+        for i, step in enumerate(episode_steps):
+            if step == 0:
+                self.end_episode(i)
+                self.begin_episode(i)
+            if step >= self.switch[i]:
+                mean, log_std = self.source_policies[self.source[i]](obs[i : i + 1])
+                noise = torch.randn(mean.shape, generator=self.generator).to(mean.device)
+                action[i] = cup.squash(mean, log_std, noise)[0]
+        self.steps = list(episode_steps)
+        return action
+
+    def begin_episode(self, i: int) -> None:
+        """Draw whether a source takes over, which one, and its first step t_e."""
+        self.returns[i], self.switch[i] = 0.0, math.inf
+        rolls_out, which, when = torch.rand(3, generator=self.generator).tolist()
+        if rolls_out < self.args.rollout_share:
+            num_sources = len(self.source_policies)
+            self.source[i] = int(which * num_sources)
+            self.switch[i] = int(when * self.last_length)
+            if self.num_rollouts < self.args.first_rollouts * num_sources:
+                self.source[i], self.switch[i] = self.num_rollouts % num_sources, 0
+            self.num_rollouts += 1
+
+    def store(self, obs, action, next_obs, reward, terminated) -> None:
+        """Put all transitions into the replay buffer, and those since t_e aside for V^k."""
+        super().store(obs, action, next_obs, reward, terminated)
+        rows = torch.cat([obs, next_obs, torch.stack([reward, terminated], dim=1)], dim=1).cpu()
+        for i, step in enumerate(self.steps):
+            self.returns[i] += reward[i].item()
+            if step >= self.switch[i]:
+                self.paths[i] = torch.cat([self.paths[i], rows[i : i + 1]])
+
+    def end_episode(self, i: int) -> None:
+        """Learn from a roll-out, or note the return of an episode that was the learner's."""
+        self.last_length = self.steps[i] + 1
+        if len(self.paths[i]):
+            self.add_rollout(self.source[i], self.paths[i])
+            self.train_value(self.source[i])
+            self.paths[i] = self.paths[i][:0]
+        elif not math.isnan(self.returns[i]):
+            self.learner_returns = [*self.learner_returns[-19:], self.returns[i]]
+            mean_return = sum(self.learner_returns) / len(self.learner_returns)
+            self.logged["train/learner_return"] = mean_return
+
+    # ------------------------------------- values of sources -------------------------------------
+
+    def add_rollout(self, k: int, path: Tensor) -> None:
+        """Put the states of a roll-out of source k among those that train V^k."""
+        obs_dim, gamma = self.actor.obs_dim, self.args.gamma
+        obs, next_obs, reward, terminated = path.split([obs_dim, obs_dim, 1, 1], dim=1)
+        # the return is discounted + factor V^k(last_obs), with no V^k after a termination
+        discounted, factor, columns = 0.0, 1.0 - terminated[-1].item(), []
+        for r in reversed(reward.flatten().tolist()):
+            discounted, factor = r + gamma * discounted, gamma * factor
+            columns.append((discounted, factor))
+        columns = torch.tensor(columns[::-1])
+        forecast = self.values[k](obs.to(self.log_alpha.device)).cpu()
+        rows = torch.cat([obs, next_obs[-1:].expand(len(obs), -1), columns, forecast], dim=1)
+        self.rollouts[k] = torch.cat([self.rollouts[k], rows])[-self.args.buffer_size :]
+
+    def states_and_returns(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """obs (n, obs_dim), Monte-Carlo return (n, 1), V^k(obs) before it learnt from it (n, 1)."""
+        obs_dim = self.actor.obs_dim
+        widths = [obs_dim, obs_dim, 1, 1, 1]
+        obs, last_obs, discounted, factor, forecast = rows.split(widths, dim=1)
+        with torch.no_grad():
+            return obs, discounted + factor * self.values[k](last_obs), forecast
+
+    @torch.enable_grad()
+    def train_value(self, k: int) -> None:
+        """Regress V^k on the returns of source k."""
+        rows = self.rollouts[k].to(self.log_alpha.device)
+        _, target, forecast = self.states_and_returns(k, rows[-self.RECENT_STATES :])
+        unexplained, variance = (target - forecast).var(correction=0), target.var(correction=0)
+        explained = 1 - unexplained / variance.clamp(min=1e-8)
+        for _ in range(self.args.value_updates):
+            index = torch.randint(len(rows), (self.args.batch_size,), generator=self.generator)
+            obs, target, _ = self.states_and_returns(k, rows[index])
+            loss = (self.values[k](obs) - target).square().mean()
+            self.value_optimizer.zero_grad()
+            loss.backward()
+            self.value_optimizer.step()  # of V^k alone: the others have no gradient
+        self.logged["loss/value"] = loss.item()
+        self.logged[f"value/explained_variance/{self.names[k]}"] = explained.item()
+
+    # ----------------------------------------- the update -----------------------------------------
+
+    @torch.no_grad()
+    def td_target(self, batch: cup.Batch, alpha: Tensor) -> Tensor:
+        """r + gamma (1 - d) [(1 - lambda) f(s') + lambda (soft value of s')], (batch,)."""
+        target, lam = super().td_target(batch, alpha), self.args.gae_lambda
+        if not all(len(rows) for rows in self.rollouts):
+            return target
+        values = torch.cat([value(batch.next_obs) for value in self.values], dim=1)  # (batch, K)
+        f, largest = values.max(dim=1)
+        shares = F.one_hot(largest, len(self.names)).float().mean(dim=0).tolist()
+        for name, share in zip(self.names, shares, strict=True):
+            self.logged[f"value/largest/{name}"] = share
+        one_step = batch.reward + self.args.gamma * (1 - batch.terminated) * f
+        return (1 - lam) * one_step + lam * target
+
+    def update(self, batch: cup.Batch, guide: bool = True) -> dict[str, Tensor | float]:
+        """SAC's update with that target. Returns its scalars and what there is on the V^k."""
+        return super().update(batch, guide=False) | self.logged
+
+    def standardize(self) -> None:
+        super().standardize()
+        for value in self.values:
+            value[0].fit(self.buffer.obs())
+
+    # ----------------------------------------- checkpoints -----------------------------------------
+
+    def get_extra_state(self) -> dict:
+        ours = {name: getattr(self, name) for name in self.BOOKKEEPING}
+        ours["generator"] = self.generator.get_state()
+        ours["value_optimizer"] = self.value_optimizer.state_dict()
+        return super().get_extra_state() | {"mamba": ours}
+
+    def set_extra_state(self, state: dict) -> None:
+        ours = state["mamba"]
+        self.generator.set_state(ours["generator"])
+        self.value_optimizer.load_state_dict(ours["value_optimizer"])
+        for name in self.BOOKKEEPING:
+            setattr(self, name, ours[name])
+        super().set_extra_state({name: part for name, part in state.items() if name != "mamba"})
+
+
+if __name__ == "__main__":
+    cup.main(Args, Mamba)

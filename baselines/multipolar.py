@@ -1,0 +1,93 @@
+"""MULTIPOLAR (Barekatain, Yonetani, Hamaya; IJCAI 2020) on SAC, one of the paper's baselines.
+
+The target policy's mean is a weighted mean of what the K sources would do, plus a residual:
+
+    mu(s) = 1/K sum_k theta_k * A_k(s) + F(s)
+
+A_k(s) is source k's action, F a network of its own, and the product is per action dimension.
+
+    python baselines/multipolar.py --env-id push-wall-v2    # with the shipped source policies
+
+It takes cup.py's arguments; those of the guidance (beta_1, beta_2, ...) mean nothing here.
+
+As in the paper and its released code:
+- theta is (K, action_dim), depends on no state, starts at ones, and has no softmax;
+- A_k is deterministic, and no gradient reaches a source;
+- F and the log-std are heads of one network, which sees the observation alone;
+- theta, F and the log-std learn from SAC's actor loss, with the actor's learning rate; the critic
+  is SAC's, and the aggregate acts from the first step after the random ones.
+
+Adapted to the SAC of cup.py:
+- The released code puts the sources' *squashed* actions into the mean before the tanh, which
+  squashes them again: an action of 0.91 = tanh(1.5) becomes 0.72. Here A_k is the source's mean
+  before the tanh, clipped as in CUP, so that a source is exactly representable.
+- F has the soft bound of `cup.Actor`; the sum has none.
+
+The actor is evaluated at s and at s', so an update asks every source twice. The policy is no
+`cup.Actor`: policy.pt holds F and theta, but no sources, and neither --evaluate nor --sources
+takes it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cup
+
+
+@dataclass
+class Args(cup.Args):
+    """Train a target policy that aggregates source policies (MULTIPOLAR)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.sources or self.num_random_sources or self.evaluate):
+            raise ValueError("MULTIPOLAR aggregates source policies: name some with --sources")
+
+
+class Aggregate(cup.Actor):
+    """The target policy: obs (batch, obs_dim) -> mean, log_std (batch, action_dim)."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict):
+        super().__init__(obs_dim, action_dim, args.hidden_sizes)
+        self.args, self.sources = args, sources
+        self.theta = nn.Parameter(torch.ones(len(sources), action_dim))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        residual, log_std = super().forward(obs)  # F(s)
+        with torch.no_grad():
+            # means before the tanh; a source's log-std has no part in this
+            source_dist = cup.query_sources(self.sources.values(), obs, self.args)
+            action = source_dist[:, :, 0]  # A_k(s), (batch, K, action_dim)
+        # theta is divided first, and not the sum: theta = K e_k is source k to the last bit
+        aggregate = (self.theta / len(self.sources) * action).sum(dim=1)
+        return aggregate + residual, log_std
+
+
+class Multipolar(cup.Agent):
+    """SAC with another actor."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
+        super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
+        # F starts as SAC's actor with the same seed does, and draws no random numbers for it
+        with torch.random.fork_rng():
+            actor = Aggregate(args, obs_dim, action_dim, sources).to(device)
+        actor.load_state_dict(actor.state_dict() | self.actor.state_dict())
+        self.actor = actor
+        self.actor_optimizer = torch.optim.Adam(actor.parameters(), args.policy_lr, fused=True)
+        self.theta_names = [f"theta/{name}/{i}" for name in sources for i in range(action_dim)]
+        self.metrics += self.theta_names
+
+    def update(self, batch: cup.Batch, guide: bool = True) -> dict[str, Tensor]:
+        """SAC's update. Returns its scalars and every theta, by source and action dimension."""
+        info = super().update(batch, guide=False)
+        theta = self.actor.theta.detach().flatten()
+        return info | dict(zip(self.theta_names, theta, strict=True))
+
+
+if __name__ == "__main__":
+    cup.main(Args, Multipolar)

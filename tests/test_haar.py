@@ -1,0 +1,370 @@
+"""HAAR: the equations of its two levels, its segments, runs, and a task for two skills."""
+
+import math
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from program import PENDULUM, finish, metrics, run_cup, same_result, started_run, weights
+from torch import Tensor
+
+import cup
+from baselines import haar
+
+SCRIPT = Path(haar.__file__)
+OBS_DIM, ACTION_DIM, BATCH, NUM_ENVS = 5, 2, 32, 2
+
+
+def make_args(**changes) -> haar.Args:
+    settings = {"env_id": "none", "hidden_sizes": (16, 16), "buffer_size": 5_000, "k": 3}
+    return haar.Args(**(settings | {"num_envs": NUM_ENVS} | changes))
+
+
+def make_agent(num_skills: int = 3, **changes) -> haar.HAAR:
+    torch.manual_seed(0)
+    actors = [cup.Actor(OBS_DIM, ACTION_DIM, (16, 8 + k)) for k in range(num_skills)]
+    sources = {f"skill-{k}": actor.requires_grad_(False) for k, actor in enumerate(actors)}
+    return haar.HAAR(make_args(**changes), OBS_DIM, ACTION_DIM, sources)
+
+
+def make_steps(num_skills: int = 3) -> haar.Steps:
+    """Random steps of random segments; some are last, some segments terminate."""
+    obs, next_obs, first, last = torch.randn(4, BATCH, OBS_DIM)
+    action, reward = torch.rand(BATCH, ACTION_DIM) * 2 - 1, torch.randn(BATCH)
+    terminated, is_last = (torch.rand(2, BATCH) < 0.3).float()
+    z = torch.randint(num_skills, (BATCH,))
+    return haar.Steps(obs, next_obs, action, reward, terminated, first, last, z, is_last)
+
+
+def copies(module: torch.nn.Module) -> list[Tensor]:
+    return [tensor.clone() for tensor in module.state_dict().values()]
+
+
+def same(before: list[Tensor], module: torch.nn.Module) -> bool:
+    return all(map(torch.equal, before, module.state_dict().values()))
+
+
+# ---------------------------------------- equations ----------------------------------------
+
+
+def test_advantages_telescope():
+    """gamma_h = 1: over an episode the A_h sum to return + k V(end) - k V(start)."""
+    torch.manual_seed(0)
+    k, rewards, value = 5, torch.randn(8, 5), torch.randn(9)
+    advantage = k * haar.low_reward(rewards.mean(dim=1), torch.zeros(8), value[:-1], value[1:], 1.0)
+    torch.testing.assert_close(advantage.sum(), rewards.sum() + k * (value[-1] - value[0]))
+    end = torch.eye(8)[-1]  # after a termination V(end) = 0
+    advantage = k * haar.low_reward(rewards.mean(dim=1), end, value[:-1], value[1:], 1.0)
+    torch.testing.assert_close(advantage.sum(), rewards.sum() - k * value[0])
+
+
+def test_a_constant_value_only_shifts_the_low_reward():
+    """V_h = c: R / k - (1 - gamma_h) c."""
+    reward, value = torch.randn(8), torch.full((8,), 3.0)
+    shifted = haar.low_reward(reward, torch.zeros(8), value, value, 0.9)
+    torch.testing.assert_close(shifted, reward - 0.1 * 3.0)
+
+
+def test_high_value_is_the_mean_of_the_smaller_q():
+    log_prob, q = torch.randn(6, 3).log_softmax(dim=1), torch.randn(2, 6, 3)
+    value = haar.high_value(log_prob, q)
+    for i in range(6):
+        expected = sum(math.exp(log_prob[i, z]) * min(q[0, i, z], q[1, i, z]) for z in range(3))
+        torch.testing.assert_close(value[i], expected)
+    alone = torch.zeros(6, 1)  # one skill: log pi_h = 0
+    torch.testing.assert_close(haar.high_value(alone, q[:, :, :1]), q[:, :, 0].amin(dim=0))
+
+
+def test_with_one_skill_the_high_value_is_the_smaller_q():
+    agent = make_agent(num_skills=1)
+    steps = make_steps(num_skills=1)
+    q = agent.high_critic(steps.first.expand(2, -1, -1)).detach()
+    info = agent.update(steps)
+    torch.testing.assert_close(info["high/value"], q.amin(dim=0).mean())
+    assert info["high/entropy"] == 0 and info["high/alpha"] == 1
+    assert info["skill/selected/skill-0"] == 1
+
+
+def test_losses_of_the_high_level():
+    """Against loops: y_h = R / k + gamma_h (1 - d) V_h(s_k), and SAC's loss of a categorical."""
+    agent = make_agent(gamma_h=0.8)
+    steps = make_steps()
+    with torch.no_grad():
+        for parameter in agent.high_target.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # another than the critic
+        q = agent.high_critic(steps.first.expand(2, -1, -1))
+        next_q = agent.high_target(steps.last.expand(2, -1, -1))
+        log_prob, next_log_prob = map(agent.actor.high_log_prob, (steps.first, steps.last))
+    critic_loss = actor_loss = 0.0
+    for i in range(BATCH):
+        value = sum(next_log_prob[i, z].exp() * next_q[:, i, z].min() for z in range(3))
+        y = steps.mean_reward[i] + 0.8 * (1 - steps.terminated[i]) * value
+        critic_loss += ((q[:, i, steps.z[i]] - y) ** 2).sum() / BATCH
+        for z in range(3):  # alpha_h is 1
+            loss = log_prob[i, z] - q[:, i, z].min()
+            actor_loss += log_prob[i, z].exp() * loss / BATCH
+    info = agent.update(steps)
+    torch.testing.assert_close(info["loss/high_critic"], critic_loss)
+    torch.testing.assert_close(info["loss/high_actor"], actor_loss)
+    assert set(info) == set(agent.metrics)
+
+
+def test_the_low_level_is_sac_on_states_with_skills(monkeypatch):
+    """What cup.Agent's update gets: reward A_h / k, the same z next, or pi_h's after the last."""
+    agent = make_agent(gamma_h=0.8)
+    with torch.no_grad():
+        agent.actor.net[-1].weight.zero_()
+        agent.actor.net[-1].bias.copy_(torch.tensor([-99.0, 99.0, -99.0]))  # pi_h picks 1
+    steps = make_steps()
+    with torch.no_grad():
+        first, last = (agent.high_critic(x.expand(2, -1, -1))[:, :, 1].amin(dim=0)
+                       for x in (steps.first, steps.last))
+    given = []
+    monkeypatch.setattr(cup.Agent, "update", lambda self, batch, guide: given.append(batch) or {})
+    agent.update(steps)
+    (batch,) = given
+    for i in range(BATCH):
+        reward = steps.mean_reward[i] + 0.8 * (1 - steps.terminated[i]) * last[i] - first[i]
+        torch.testing.assert_close(batch.reward[i], reward)
+        assert batch.terminated[i] == (steps.is_last[i] and steps.terminated[i])
+        next_z = 1 if steps.is_last[i] else steps.z[i]
+        assert torch.equal(batch.obs[i], torch.cat([steps.obs[i], torch.eye(3)[steps.z[i]]]))
+        assert torch.equal(batch.next_obs[i], torch.cat([steps.next_obs[i], torch.eye(3)[next_z]]))
+
+
+# ---------------------------------------- the actor ----------------------------------------
+
+
+def test_skills_begin_as_the_sources():
+    """Also after `standardize`, which shows them what the sources ignored (scale 0)."""
+    torch.manual_seed(0)
+    source = cup.Actor(OBS_DIM, ACTION_DIM, (16, 16)).requires_grad_(False)
+    source.standardize.scale[2:4] = 0
+    source.standardize.shift[0] = 0.5
+    agent = haar.HAAR(make_args(), OBS_DIM, ACTION_DIM, {"a": source, "b": source})
+    obs, states = torch.randn(2, 50, OBS_DIM)
+    for z in (0, 1):
+        skill = agent.actor(agent.actor.with_skill(obs, torch.full((50,), z)))
+        assert all(map(torch.equal, skill, source(obs)))
+    agent.buffer.add(*[states] * 2, torch.zeros(50, ACTION_DIM), *torch.zeros(2, 50),
+                     torch.zeros(50, 2 * OBS_DIM + 2))
+    agent.standardize()
+    assert all(map(torch.allclose, agent.actor(obs), source(obs)))
+    skill = agent.actor.skills[0]
+    assert (skill.standardize.scale != 0).all() and skill.standardize.shift[0] == 0.5
+    agent.update(make_steps(num_skills=2))
+    assert (skill.net[0].weight[:, 2:4] != 0).any()  # and it learns to look
+    assert (source.net[0].weight != skill.net[0].weight).any()  # the source is as it was
+
+
+def test_the_policy_takes_the_most_probable_skill():
+    agent = make_agent()
+    obs = torch.randn(40, OBS_DIM)
+    best = agent.actor.high_log_prob(obs).argmax(dim=1)
+    mean, log_std = agent.actor(obs)
+    for i in range(40):
+        expected = agent.actor.skills[best[i]](obs[i : i + 1])
+        torch.testing.assert_close((mean[i : i + 1], log_std[i : i + 1]), expected)
+
+
+def test_the_low_level_does_not_teach_the_high_level():
+    """Whether skills learn or not, V_h and pi_h learn the same."""
+    agents = make_agent(), make_agent(freeze_skills=True)
+    steps = make_steps()
+    before = copies(agents[0].actor.skills)
+    for agent in agents:
+        agent.update(steps)
+    for name in ("high_critic", "high_target"):
+        assert same(copies(getattr(agents[0], name)), getattr(agents[1], name))
+    assert same(copies(agents[0].actor.net), agents[1].actor.net)
+    assert torch.equal(agents[0].log_high_alpha, agents[1].log_high_alpha)
+    assert not same(before, agents[0].actor.skills)
+    assert same(before, agents[1].actor.skills)
+
+
+def test_skills_wait_for_their_critic():
+    """Before --guidance-starts the low critic learns, the skills do not."""
+    agent = make_agent()
+    skills, critic = copies(agent.actor.skills), copies(agent.critic)
+    agent.update(make_steps(), guide=False)
+    assert same(skills, agent.actor.skills) and not same(critic, agent.critic)
+    agent.update(make_steps(), guide=True)
+    assert not same(skills, agent.actor.skills)
+
+
+def test_a_skill_lasts_k_steps():
+    agent = make_agent(num_envs=100, k=3)
+    obs, chosen = torch.randn(100, OBS_DIM), []
+    for t in range(6):
+        agent.act(obs, [t] * 100)
+        chosen.append(agent.z.clone())
+    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
+    assert not torch.equal(chosen[2], chosen[3])
+    assert torch.equal(chosen[3], chosen[5])
+    agent.act(obs, [6] * 50 + [7] * 50)  # half are not at a boundary
+    assert torch.equal(agent.z[50:], chosen[5][50:])
+
+
+# ---------------------------------------- segments ----------------------------------------
+
+
+def test_segments_of_two_environments():
+    """k = 3. The first is cut by a time limit after four steps, the second terminates after two."""
+    agent = make_agent(k=3, num_envs=2)
+    states = torch.arange(24.0).reshape(12, 2, 1).expand(-1, -1, OBS_DIM)
+    obs, written = states[0], []
+    for t in range(7):
+        next_obs = states[t + 1]
+        terminated = torch.tensor([0.0, t == 1])
+        agent.act(obs, [t % 4, t if t < 2 else t - 2])
+        written.append((obs, next_obs, agent.z.clone()))
+        reward = torch.full((2,), float(t))
+        agent.store(obs, torch.full((2, ACTION_DIM), t / 10), next_obs, reward, terminated)
+        obs = next_obs.clone()
+        if t == 3:
+            obs[0] = -50.0  # the first environment begins another episode
+        if t == 1:
+            obs[1] = -60.0  # and so does the second
+    buffer = agent.buffer
+    rows = haar.Steps(*buffer.rows[: buffer.size].split(buffer.widths, dim=1))
+    segments = [(0, [0, 1, 2]), (0, [3]), (0, [4, 5, 6]), (1, [0, 1]), (1, [2, 3, 4])]
+    assert buffer.size == sum(len(steps) for _, steps in segments)
+    for env, steps in segments:
+        for t in steps:
+            obs, next_obs, z = written[t]
+            (i,) = (rows.obs == obs[env]).all(dim=1).nonzero().flatten()
+            assert torch.equal(rows.next_obs[i], next_obs[env])
+            assert torch.equal(rows.action[i], torch.full((ACTION_DIM,), t / 10))
+            assert torch.equal(rows.first[i], written[steps[0]][0][env])
+            assert torch.equal(rows.last[i], written[steps[-1]][1][env])
+            assert rows.mean_reward[i] == sum(steps) / len(steps)
+            assert rows.z[i] == z[env]
+            assert rows.is_last[i] == (t == steps[-1])
+            assert rows.terminated[i] == (env == 1 and steps == [0, 1])
+    batch = buffer.sample(64)
+    assert batch.z.dtype == torch.int64 and batch.mean_reward.shape == (64,)
+
+
+# ---------------------------------------- a small task ----------------------------------------
+
+# A point in the plane fetches a key on the right, then opens a door on the left; the state is
+# where it is and whether it has the key. One source goes to the key, one to the door.
+KEY, DOOR = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
+EPISODE, ENVS = 40, 16
+
+
+def first_states(number: int) -> Tensor:
+    return torch.cat([0.6 * torch.rand(number, 2) - 0.3, torch.zeros(number, 1)], dim=1)
+
+
+def move(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """The next state, and the reward: how far the next aim is, less 2 without the key."""
+    position = state[:, :2] + 0.1 * action
+    to_key, to_door = (position - KEY).norm(dim=1), (position - DOOR).norm(dim=1)
+    has_key = (state[:, 2] == 1) | (to_key < 0.3)
+    reward = torch.where(has_key, -to_door, -2 - to_key)
+    return torch.cat([position, has_key.float().unsqueeze(1)], dim=1), reward
+
+
+def go_to(aim: Tensor, speed: float) -> cup.Actor:
+    """A network whose mean is speed * (aim - position): ReLUs of the state and of its negative."""
+    actor, weight = cup.Actor(3, 2, (6,)), torch.zeros(4, 3)
+    weight[0, 0] = weight[1, 1] = -speed
+    weights = {"0.weight": torch.cat([torch.eye(3), -torch.eye(3)]), "0.bias": torch.zeros(6)}
+    weights["2.weight"] = torch.cat([weight, -weight], dim=1)
+    weights["2.bias"] = torch.cat([speed * aim, torch.zeros(2)])
+    actor.net.load_state_dict(weights)
+    return actor.requires_grad_(False)
+
+
+@torch.no_grad()
+def evaluate(policy) -> float:
+    """Mean reward per step, without noise."""
+    torch.manual_seed(1000)  # the same first states for all
+    state, total = first_states(100), 0.0
+    for _ in range(EPISODE):
+        state, reward = move(state, torch.tanh(policy(state)[0]))
+        total += reward.mean().item()
+    return total / EPISODE
+
+
+def learn(agent: cup.Agent, updates: int) -> float:
+    for t in range(EPISODE + updates):
+        if t % EPISODE == 0:
+            obs = first_states(ENVS)
+        action = agent.act(obs, [t % EPISODE] * ENVS)
+        if t < EPISODE:
+            action = 2 * torch.rand_like(action) - 1
+        next_obs, reward = move(obs, action)
+        agent.store(obs, action, next_obs, reward, torch.zeros(ENVS))
+        obs = next_obs
+        if t == EPISODE - 1:
+            agent.standardize()
+        if t >= EPISODE:
+            agent.update(agent.buffer.sample(128), guide=t > EPISODE + 150)
+    return evaluate(agent.actor)
+
+
+def test_two_skills_do_what_neither_does_alone():
+    """Most of what the better one leaves to gain, whether the skills learn or are frozen.
+
+    SAC, in as many updates, is behind the better source.
+    """
+    sources = {"key": go_to(KEY, 3.0), "door": go_to(DOOR, 3.0)}
+    alone = max(evaluate(source) for source in sources.values())
+
+    def both(state: Tensor):
+        choice = zip(sources["key"](state), sources["door"](state), strict=True)
+        return [torch.where(state[:, 2:] == 1, door, key) for key, door in choice]
+
+    rates = {"policy_lr": 3e-3, "q_lr": 3e-3, "tau": 0.02, "gamma": 0.95, "gamma_h": 0.8}
+    sizes = {"k": 5, "num_envs": ENVS, "buffer_size": 20_000, "hidden_sizes": (32, 32)}
+    for freeze_skills in (True, False):
+        torch.manual_seed(1)
+        args = make_args(freeze_skills=freeze_skills, **rates, **sizes)
+        learnt = learn(haar.HAAR(args, 3, 2, sources), updates=250)
+        assert learnt > alone + (evaluate(both) - alone) / 2
+    torch.manual_seed(1)
+    assert learn(cup.Agent(args, 3, 2, {}), updates=250) < alone
+
+
+# ---------------------------------------- the program ----------------------------------------
+
+ARGUMENTS = "--learning-starts 40 --k 7 --guidance-starts 200 --total-timesteps 600"
+ARGUMENTS = [*PENDULUM, *ARGUMENTS.split()]
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path):
+    """Killed in the middle of segments, which do not divide an episode's 200 steps."""
+    unbroken = run_cup(*ARGUMENTS, "--run-dir", tmp_path / "unbroken", script=SCRIPT)
+    assert unbroken.returncode == 0, unbroken.stderr
+    killed = started_run(tmp_path / "killed", *ARGUMENTS, script=SCRIPT)
+    killed.send_signal(signal.SIGKILL)
+    finish(killed)
+    again = [*ARGUMENTS, "--run-dir", tmp_path / "killed", "--resume"]
+    resumed = run_cup(*again, script=SCRIPT)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_result(tmp_path / "unbroken", tmp_path / "killed")
+    rows = metrics(tmp_path / "unbroken")
+    assert rows[-1]["step"] == "600"
+    for column in ("loss/critic", "loss/high_critic", "low/reward", "skill/selected/random-2"):
+        assert rows[5][column] != ""
+    policy = weights(tmp_path / "unbroken")
+    assert {"net.4.bias", "skills.0.net.0.weight", "skills.1.net.4.bias"} <= set(policy)
+    with pytest.raises(cup.UserError, match="not a policy file"):
+        cup.load_policy(tmp_path / "unbroken" / "policy.pt")
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [("--sources", "HAAR's skills"), ("--k 0", "--k is out"), ("--gamma-h 1.5", "must not exceed"),
+     ("--k 2000", "--learning-starts must")],
+)
+def test_bad_input_is_one_sentence(arguments: str, complaint: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["haar.py", "--env-id", "Pendulum-v1", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        cup.main(haar.Args, haar.HAAR)
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err

@@ -1,0 +1,349 @@
+"""PTF: the equations of its options, what is SAC and what is not, runs, and two small tasks."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from program import PENDULUM, finish, metrics, run_cup, same_result, started_run
+from test_learning import EPISODE, NUM_ENVS, evaluate, first_states, pilot, step
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+import cup
+from baselines import ptf
+
+SCRIPT = Path(ptf.__file__)
+OBS_DIM, ACTION_DIM, BATCH, GAMMA = 5, 4, 16, 0.9
+
+
+def make_args(**changes) -> ptf.Args:
+    settings = {"env_id": "none", "hidden_sizes": (16, 16), "buffer_size": 5_000, "num_envs": 2}
+    return ptf.Args(**(settings | changes))
+
+
+def make_sources(num: int = 3) -> dict[str, cup.Actor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        actors = [cup.Actor(OBS_DIM, ACTION_DIM, (16, 16)) for _ in range(num)]
+    return {f"source-{k}": actor.requires_grad_(False) for k, actor in enumerate(actors)}
+
+
+def make_agent(num_sources: int = 3, **changes) -> ptf.PTF:
+    torch.manual_seed(0)
+    return ptf.PTF(make_args(**changes), OBS_DIM, ACTION_DIM, make_sources(num_sources))
+
+
+def make_batch(agent: ptf.PTF, active: int = -1) -> tuple[cup.Batch, Tensor]:
+    """Random transitions, the first of which terminates, with the same option active in all."""
+    obs, next_obs = torch.randn(2, BATCH, OBS_DIM)
+    action, reward = torch.rand(BATCH, ACTION_DIM) * 2 - 1, torch.randn(BATCH)
+    terminated = (torch.arange(BATCH) == 0).float()
+    source_dist = cup.query_sources(agent.sources.values(), obs, agent.args).unbind(2)
+    batch = cup.Batch(obs, next_obs, action, reward, terminated, *source_dist)
+    return batch, torch.full((BATCH,), active)
+
+
+def set_termination(agent: ptf.PTF, logit: float) -> None:
+    """Make beta_o the same everywhere: 0 for a very small logit, 1 for a very large one."""
+    layer, num_options = agent.options.net[-1], len(agent.sources)
+    with torch.no_grad():
+        layer.weight[num_options:] = 0
+        layer.bias[num_options:] = logit
+
+
+# ---------------------------------------- the options ----------------------------------------
+
+
+def solve(reward: Tensor, follow: Tensor, termination: float, steps: int = 400) -> Tensor:
+    """Iterate `option_target` in a table: the values Q_o(s), (states, n)."""
+    value = torch.zeros_like(reward)
+    for _ in range(steps):
+        columns = []
+        for option in range(reward.shape[1]):  # every option has its own reward and successor
+            next_value = value[follow[:, option]]
+            target = ptf.option_target(
+                reward[:, option], torch.zeros(len(reward)), next_value, next_value,
+                torch.full_like(next_value, termination), GAMMA,
+            )
+            columns.append(target[:, option])
+        value = torch.stack(columns, dim=1)
+    return value
+
+
+def test_an_option_that_never_ends_has_the_value_of_its_policy():
+    """beta = 0 in a table of 4 states and 2 options: (1 - gamma P_o)^-1 r_o."""
+    torch.manual_seed(0)
+    reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))
+    value = solve(reward, follow, termination=0.0)
+    for option in range(2):
+        transition = torch.eye(4)[follow[:, option]]
+        exact = torch.linalg.solve(torch.eye(4) - GAMMA * transition, reward[:, option])
+        torch.testing.assert_close(value[:, option], exact, atol=1e-4, rtol=1e-4)
+
+
+def test_an_option_that_ends_at_once_is_followed_by_the_best():
+    """beta = 1 in the same table: Q-learning's values, here from all 16 policies over options."""
+    torch.manual_seed(0)
+    reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))
+    best = torch.full((4,), -torch.inf)
+    for number in range(16):
+        choice = torch.tensor([number >> state & 1 for state in range(4)])
+        row = torch.arange(4)
+        matrix = torch.eye(4) - GAMMA * torch.eye(4)[follow[row, choice]]
+        best = torch.maximum(best, torch.linalg.solve(matrix, reward[row, choice]))
+    exact = reward + GAMMA * best[follow]
+    value = solve(reward, follow, termination=1.0)
+    torch.testing.assert_close(value, exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("termination", [0.0, 0.3, 1.0])
+def test_target_of_the_option_values(termination: float):
+    """Against a plain loop: the online network chooses, the target network scores."""
+    torch.manual_seed(1)
+    online, slow, reward = torch.randn(6, 3), torch.randn(6, 3), torch.randn(6)
+    terminated = torch.tensor([0.0, 0, 0, 0, 0, 1])
+    beta = torch.full((6, 3), termination)
+    target = ptf.option_target(reward, terminated, online, slow, beta, GAMMA)
+    for i in range(6):
+        best = slow[i, max(range(3), key=lambda option: online[i, option])]
+        for option in range(3):
+            follow = (1 - termination) * slow[i, option] + termination * best
+            y = reward[i] + (GAMMA * follow if i < 5 else 0)
+            torch.testing.assert_close(target[i, option], y)
+
+
+def test_advantage_of_going_on():
+    """Q_o - max Q + xi, where xi is 0.8 of the gap between the two best; no gap, no xi."""
+    value = torch.tensor([[3.0, 5.0, 1.0]])
+    adaptive = ptf.termination_advantage(value, None)
+    torch.testing.assert_close(adaptive, torch.tensor([[-0.4, 1.6, -2.4]]))
+    fixed = ptf.termination_advantage(value, 0.001)
+    torch.testing.assert_close(fixed, torch.tensor([[-1.999, 0.001, -3.999]]))
+    assert (ptf.termination_advantage(torch.randn(5, 1), None) == 0).all()
+
+
+def test_a_source_is_compatible_with_a_fifth_of_its_own_actions():
+    """0.683^4 = 0.217 with four dimensions; the action's tanh changes nothing."""
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(20_000, 1, 4), torch.randn(20_000, 1, 4) - 1
+    action, _ = cup.squash(mean[:, 0], log_std[:, 0], torch.randn(20_000, 4))
+    share = ptf.is_compatible(action, mean, log_std).float().mean()
+    assert share.item() == pytest.approx(0.683**4, abs=0.01)
+    at_the_mean = ptf.is_compatible(torch.tanh(mean[:, 0]), mean, log_std)
+    assert at_the_mean.all()
+
+
+def test_only_compatible_and_active_options_learn():
+    """Nothing fits and nothing is active: nothing changes. Else the heads of those options do."""
+    agent = make_agent(option_lr=1e-2)
+    batch, none = make_batch(agent)
+    alien = batch._replace(source_mean=batch.source_mean + 9)  # no action is near that
+    before = [p.clone() for p in agent.options.parameters()]
+    agent.update((alien, none))
+    assert all(map(torch.equal, before, agent.options.parameters()))
+
+    agent.update((alien, none + 2))  # option 1 is active: its value and its termination
+    changed = (agent.options.net[-1].bias != before[-1]).tolist()
+    assert changed == [False, True, False, False, True, False]
+
+    agent = make_agent(option_lr=1e-2)
+    fits = torch.stack([alien.source_mean[:, 0], alien.source_mean[:, 1],
+                        torch.atanh(batch.action)], dim=1)
+    agent.update((batch._replace(source_mean=fits), none))  # option 2 is compatible: its value
+    changed = (agent.options.net[-1].bias != before[-1]).tolist()
+    assert changed == [False, False, True, False, False, False]
+
+
+def test_active_options_last_until_they_end():
+    """beta = 0: from the beginning of the episode to the next; beta = 1: they end every time."""
+    agent = make_agent(num_envs=200)
+    obs = torch.randn(200, OBS_DIM)
+    assert (agent.active == -1).all()  # while the actions are random
+    set_termination(agent, -99.0)
+    agent.act(obs, [3] * 200)  # the first choice, in the middle of an episode
+    first = agent.active.clone()
+    assert (first >= 0).all()
+    agent.act(obs, [4] * 200)
+    assert torch.equal(agent.active, first)
+    agent.act(obs, [0] * 100 + [5] * 100)  # half begin an episode
+    assert not torch.equal(agent.active[:100], first[:100])
+    assert torch.equal(agent.active[100:], first[100:])
+    assert agent.episodes == 100
+    set_termination(agent, 99.0)
+    before = agent.active.clone()
+    agent.act(obs, [6] * 200)
+    assert not torch.equal(agent.active[100:], before[100:])
+
+
+@pytest.mark.parametrize("episodes, share", [(0, 0.0), (1_000, 0.5), (10_000, 0.9)])
+def test_options_are_chosen_greedily_ever_more_often(episodes: int, share: float):
+    agent = make_agent(num_envs=4_000)
+    agent.episodes += episodes - 4_000  # as many begin now
+    obs = torch.randn(4_000, OBS_DIM)
+    agent.act(obs, [0] * 4_000)
+    best = agent.options(obs)[0].argmax(dim=1)
+    expected = share + (1 - share) / 3  # a random choice may be the best
+    assert (agent.active == best).float().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+# ---------------------------------------- the policy ----------------------------------------
+
+
+def run_updates(agent: cup.Agent, num: int = 12) -> list[Tensor]:
+    """Act, store and learn with made-up observations; what was done and what was learned."""
+    torch.manual_seed(5)
+    outcome, obs = [], torch.randn(2, OBS_DIM)
+    for t in range(num):
+        action = agent.act(obs, [t % 4] * 2)
+        next_obs = torch.randn(2, OBS_DIM)
+        agent.store(obs, action, next_obs, torch.randn(2), torch.zeros(2))
+        obs = next_obs
+        if t == 3:
+            agent.standardize()
+        if t > 3:
+            agent.update(agent.buffer.sample(8))
+        outcome.append(action)
+    modules = agent.actor, agent.critic, agent.target_critic
+    return outcome + [p for m in modules for p in m.parameters()] + [agent.log_alpha]
+
+
+def test_without_imitation_it_is_sac_bit_for_bit():
+    torch.manual_seed(0)
+    sac = cup.Agent(make_args(sources=("none",)), OBS_DIM, ACTION_DIM, {})
+    agent = make_agent(c=0.0)
+    before = [p.clone() for p in agent.options.parameters()]
+    assert all(map(torch.equal, run_updates(sac), run_updates(agent)))
+    assert not any(map(torch.equal, before, agent.options.parameters()))  # yet they learn
+    imitating = run_updates(make_agent(c=1.0))
+    assert not all(map(torch.equal, run_updates(make_agent(c=0.0)), imitating))
+
+
+def test_before_the_guidance_starts_it_is_sac():
+    agents = make_agent(c=0.0), make_agent(c=5.0)
+    for agent in agents:
+        torch.manual_seed(3)
+        agent.update(make_batch(agent), guide=False)
+    assert all(map(torch.equal, *(agent.actor.parameters() for agent in agents)))
+
+
+def test_the_imitation_is_the_weighted_kl_from_the_best_option():
+    """c f(t) (1 - beta_o(s)) KL(pi_o || pi), o the option of the largest value at s."""
+    agent = make_agent(c=2.0, mu=1e-2)
+    agent.episodes += 250  # f = (1 + tanh(0.5)) / 2
+    batch, option = make_batch(agent)
+    with torch.no_grad():
+        value, beta = agent.options(batch.obs)
+        mean, log_std = agent.actor(batch.obs)
+    loss = 0.0
+    for i in range(BATCH):
+        best = value[i].argmax()
+        source = Normal(batch.source_mean[i, best], batch.source_log_std[i, best].exp())
+        target = Normal(mean[i], log_std[i].exp())
+        kl = kl_divergence(Independent(source, 1), Independent(target, 1))
+        loss += 2.0 * 0.7310586 * (1 - beta[i, best]) * kl / BATCH
+    info = agent.update((batch, option))
+    torch.testing.assert_close(info["loss/kl"], loss)
+    assert set(info) == set(agent.metrics)
+    shares = [info[f"guidance/selected/source-{k}"].item() for k in range(3)]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_the_policy_does_not_teach_the_options():
+    """However strong the imitation, the option network and the critic learn the same."""
+    agents = make_agent(c=0.0), make_agent(c=50.0)
+    for agent in agents:
+        torch.manual_seed(3)
+        agent.update(make_batch(agent, active=1))
+    for name in ("options", "target_options", "critic"):
+        modules = [getattr(agent, name).parameters() for agent in agents]
+        assert all(map(torch.equal, *modules)), name
+    assert not all(map(torch.equal, *(agent.actor.parameters() for agent in agents)))
+
+
+# ---------------------------------------- small tasks ----------------------------------------
+
+
+def test_options_learn_which_source_is_good():
+    """On a line with its goal in the middle, from random actions: one source goes home, one away.
+
+    With one dimension many actions are compatible. The one worth more lasts longer, too.
+    """
+
+    def going(slope: float):
+        return lambda obs: (slope * obs, torch.full_like(obs, -1.0))
+
+    torch.manual_seed(0)
+    learning = {"gamma": GAMMA, "option_lr": 5e-3, "tau": 0.05, "hidden_sizes": (32, 32)}
+    args = make_args(c=0.0, num_envs=1_000, **learning)
+    agent = ptf.PTF(args, 1, 1, {"away": going(2.0), "home": going(-2.0)})
+    obs, action = 2 * torch.rand(2, 1_000, 1) - 1
+    next_obs = obs + 0.2 * action
+    agent.store(obs, action, next_obs, -next_obs.abs().squeeze(1), torch.zeros(1_000))
+    for _ in range(120):
+        agent.update(agent.buffer.sample(64))
+    value, _ = agent.options(torch.tensor([[-1.0], [-0.5], [0.5], [1.0]]))
+    assert (value[:, 1] > value[:, 0] + 0.1).all()
+
+
+def learn(seed: int, c: float) -> float:
+    """Mean reward per step on the task of test_learning.py after few updates, without noise."""
+    torch.manual_seed(seed)
+    learning = {"gamma": 0.95, "policy_lr": 1e-3, "q_lr": 1e-3, "hidden_sizes": (64, 64)}
+    args = make_args(c=c, seed=seed, num_envs=NUM_ENVS, buffer_size=20_000, **learning)
+    agent = ptf.PTF(args, 4, 4, {"pilot": pilot})
+    for t in range(200):
+        if t % EPISODE == 0:
+            obs = first_states(NUM_ENVS)
+        action = agent.act(obs, [t % EPISODE] * NUM_ENVS)
+        if t < EPISODE:
+            action = 2 * torch.rand_like(action) - 1
+        next_obs, reward = step(obs, action)
+        agent.store(obs, action, next_obs, reward, torch.zeros(NUM_ENVS))
+        obs = next_obs
+        if t >= EPISODE:
+            agent.update(agent.buffer.sample(128))
+    return evaluate(agent.actor)
+
+
+def test_a_good_source_helps():
+    """By more than half of what is left to gain without imitation."""
+    best = evaluate(pilot)
+    for seed in range(2):
+        assert best - learn(seed, c=1.0) < (best - learn(seed, c=0.0)) / 2
+
+
+# ---------------------------------------- the program ----------------------------------------
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path):
+    """And the run logs what PTF alone has, from the first updates on."""
+    arguments = [*PENDULUM, "--guidance-starts", "200", "--total-timesteps", "600"]
+    unbroken = run_cup(*arguments, "--run-dir", tmp_path / "unbroken", script=SCRIPT)
+    assert unbroken.returncode == 0, unbroken.stderr
+    killed = started_run(tmp_path / "killed", *arguments, script=SCRIPT)
+    killed.send_signal(signal.SIGKILL)
+    finish(killed)
+    again = [*arguments, "--run-dir", tmp_path / "killed", "--resume"]
+    resumed = run_cup(*again, script=SCRIPT)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_result(tmp_path / "unbroken", tmp_path / "killed")
+    rows = metrics(tmp_path / "unbroken")
+    assert rows[-1]["step"] == "600"
+    assert float(rows[-1]["guidance/weight"]) > 0 == float(rows[5]["guidance/weight"] or 0)
+    for column in ("loss/option", "option/match/random-1", "guidance/selected/random-2"):
+        assert rows[5][column] != ""
+    assert cup.load_policy(tmp_path / "unbroken" / "policy.pt").obs_dim == 3  # a source for others
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [("--sources", "PTF imitates"), ("--c -1", "--c is out of range"), ("--xi -1", "--xi is out")],
+)
+def test_bad_input_is_one_sentence(arguments: str, complaint: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ptf.py", "--env-id", "Pendulum-v1", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        cup.main(ptf.Args, ptf.PTF)
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err
