@@ -41,6 +41,7 @@ class Args(cup.Args):
     gamma_h: float = 0.99  # discount factor of the high level, from segment to segment, gamma_h
     high_entropy: float = 0.3  # target entropy of pi_h, as a fraction of log K
     freeze_skills: bool = False  # leave the skills as the sources are
+    init_alpha: float = 0.01  # initial alpha of the skills: their rewards, advantages, are small
     guidance_starts: int = 50_000  # environment steps before the skills learn, after their critic
 
     def __post_init__(self):
@@ -225,10 +226,9 @@ class HAAR(cup.Agent):
         next_z = torch.multinomial(last_log_prob.exp(), 1).squeeze(1)
         next_z = torch.where(batch.is_last == 1, next_z, batch.z)
         states = actor.with_skill(batch.obs, batch.z), actor.with_skill(batch.next_obs, next_z)
-        end = batch.terminated * batch.is_last
         self.actor_optimizer.param_groups[0]["lr"] = args.policy_lr * guide
-        low_batch = cup.Batch(*states, batch.action, reward, end, None, None)
-        return info | super().update(low_batch, guide=False)
+        low = cup.Batch(*states, batch.action, reward, batch.terminated * batch.is_last, None, None)
+        return info | super().update(low, guide=False)
 
     def standardize(self) -> None:
         obs = self.buffer.obs()

@@ -37,7 +37,7 @@ Adapted to the SAC of cup.py:
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,12 +59,9 @@ class Args(cup.Args):
     value_lr: float = 1e-3  # learning rate of every V^k
 
     def __post_init__(self):
-        # cup.Args checks its own; a zero of ours it would call out of range
-        cup.Args(**{field.name: getattr(self, field.name) for field in fields(cup.Args)})
-        if not (0 <= self.gae_lambda <= 1 and 0 <= self.rollout_share <= 1):
+        super().__post_init__()  # nothing is negative, and counts are not zero
+        if max(self.gae_lambda, self.rollout_share) > 1:
             raise ValueError("--gae-lambda and --rollout-share must be from 0 to 1")
-        if self.first_rollouts < 0 or self.value_updates < 1 or not 0 < self.value_lr < math.inf:
-            raise ValueError("--first-rollouts, --value-updates or --value-lr is out of range")
         if self.rollout_share == 0 and self.gae_lambda < 1:
             raise ValueError("without roll-outs there is no f: --rollout-share 0, --gae-lambda 1")
         if not (self.sources or self.num_random_sources or self.evaluate):

@@ -73,7 +73,7 @@ def call_cup(*arguments) -> subprocess.CompletedProcess:
 
 def started_run(run_dir: Path, *arguments, rows: int = 0, **options) -> subprocess.Popen:
     """A run that has written a checkpoint and some rows of metrics.csv, and is on its way."""
-    process, end = start_cup(*arguments, "--run-dir", run_dir, **options), time.monotonic() + 60
+    process, end = start_cup(*arguments, "--run-dir", run_dir, **options), time.monotonic() + 120
     while not (run_dir / "checkpoint.pt").exists() or len(steps(run_dir)) < rows:
         assert process.poll() is None and time.monotonic() < end, finish(process).stderr
         time.sleep(0.005)

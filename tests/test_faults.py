@@ -63,7 +63,7 @@ def test_stopped_in_the_middle_of_an_evaluation(tmp_path, number):
     process.send_signal(number)
     start = time.monotonic()
     result = finish(process)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20
     assert result.returncode == (0 if number == signal.SIGINT else -number)
     assert steps(tmp_path / "run") == [20]
     assert checkpoint_of(tmp_path / "run")["step"] == (40 if number == signal.SIGINT else 20)

@@ -151,16 +151,16 @@ def test_a_run_that_is_killed_goes_on_to_the_same_numbers(tmp_path: Path):
     logged = [float(metrics(unbroken)[-1][f"theta/random-{k}/0"]) for k in (1, 2)]
     assert theta.flatten().tolist() == pytest.approx(logged)
     assert (theta - 1).abs().min() > 1e-3
-    # this is no policy file: it would be taken for F alone
-    refused = run_cup("--evaluate", unbroken / "policy.pt", script=SCRIPT)
-    assert refused.returncode == 2 and "is not a policy file" in refused.stderr
+    with pytest.raises(cup.UserError):  # it would be taken for F alone
+        cup.load_policy(unbroken / "policy.pt")
 
 
-def test_sources_are_needed_and_must_fit():
-    none = run_cup("--env-id", "Pendulum-v1", "--sources", script=SCRIPT)
-    assert none.returncode == 2 and "MULTIPOLAR aggregates source" in none.stderr
-    other_size = run_cup("--env-id", "Pendulum-v1", script=SCRIPT)
-    assert other_size.returncode == 2 and other_size.stderr.count("\n") == 1
+def test_without_sources_it_is_one_sentence_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["multipolar.py", "--env-id", "Pendulum-v1", "--sources"])
+    with pytest.raises(SystemExit) as stop:
+        cup.main(Args, Multipolar)
+    assert stop.value.code == 2
+    assert "MULTIPOLAR aggregates source policies" in capsys.readouterr().err
 
 
 # ------------------------------------------ it helps ------------------------------------------

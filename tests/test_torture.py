@@ -1,6 +1,8 @@
 """What a run survives; tests/README.md has the table. The long versions: -m torture."""
 
+import contextlib
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -57,15 +59,13 @@ def test_memory_and_files_of_a_long_run(tmp_path, total):
     arguments = ["--env-id", "reach-v2", "--sources", "--num-random-sources", 3, "--threads", 1]
     arguments += ["--total-timesteps", total, "--buffer-size", total // 10, "--no-cuda"]
     arguments += ["--eval-interval", total // 10, "--checkpoint-interval", total // 20]
-    process, seen = started_run(tmp_path / "run", *arguments, stdout=subprocess.DEVNULL), []
+    process = started_run(tmp_path / "run", *arguments, rows=1, stdout=subprocess.DEVNULL)
+    place, seen = Path(f"/proc/{process.pid}"), []
     while process.poll() is None:
-        step, place = steps(tmp_path / "run")[-1], Path(f"/proc/{process.pid}")
-        memory = int((place / "statm").read_text().split()[1])
-        seen.append((step, memory, len(list((place / "fd").iterdir()))))
-        try:
-            process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            continue
+        with contextlib.suppress(OSError):  # it has just ended
+            memory, files = (place / "statm").read_text().split()[1], list((place / "fd").iterdir())
+            seen.append((steps(tmp_path / "run")[-1], int(memory), len(files)))
+        time.sleep(0.5)
     second = max(memory for step, memory, _ in seen if 0.12 * total < step < 0.2 * total)
     assert max(memory for step, memory, _ in seen if step > 0.9 * total) < 1.05 * second
     assert len({files for step, _, files in seen if 0.12 * total < step < total}) <= 2
