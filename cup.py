@@ -842,14 +842,14 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             action = agent.act(obs, [len(env.actions) for env in envs.envs])
 
         # ---- learn
-        if step < args.learning_starts <= step + args.num_envs:  # once
+        next_step = step + args.num_envs
+        if step < args.learning_starts <= next_step:  # once
             agent.standardize()
         updates_before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-        step += args.num_envs
-        updates = int(max(step - args.learning_starts, 0) * args.utd_ratio) - updates_before
+        updates = int(max(next_step - args.learning_starts, 0) * args.utd_ratio) - updates_before
         for _ in range(updates):
             batch = agent.buffer.sample(args.batch_size)
-            info = agent.update(batch, guide=step > args.guidance_starts)
+            info = agent.update(batch, guide=next_step > args.guidance_starts)
 
         # ---- step, store
         try:
@@ -864,6 +864,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
                   for x in (final_obs, reward, terminated)]
         agent.store(obs, action, *stored)
+        step = next_step
         obs = torch.as_tensor(next_obs, device=device)
 
     save_checkpoint()
