@@ -72,7 +72,8 @@ class Args:
     beta1: float = 1.0  # weight of the guidance KL, beta_1 in Eq. 12
     beta2: float = 0.03  # cap on the advantage in that weight, as a fraction of |V|: beta_2, Eq. 12
     num_guidance_samples: int = 1  # actions per candidate to estimate its advantage, Eq. 4
-    # entropy term in the advantage, Eq. 4; without it (Appendix B.3) a large alpha rules out nobody
+    # entropy term in the advantage, Eq. 4; the default leaves it out (Appendix B.3), because while
+    # alpha is large it would rule out all sources for their low entropy
     soft_advantage: bool = False
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
@@ -98,8 +99,10 @@ class Args:
             if type(value) in (int, float) and name != "source_log_std_min":
                 if not smallest <= value < math.inf:
                     raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
-        if max(self.gamma, self.tau) > 1 or min(self.init_alpha, *self.hidden_sizes, 1) <= 0:
-            raise ValueError("--gamma and --tau are at most 1, --init-alpha and --hidden-sizes > 0")
+        if max(self.gamma, self.tau) > 1:
+            raise ValueError("--gamma and --tau must not exceed 1")
+        if self.init_alpha == 0 or min(self.hidden_sizes, default=1) < 1:
+            raise ValueError("--init-alpha and --hidden-sizes must be positive")
         if not (self.num_envs < self.learning_starts < self.total_timesteps or self.evaluate):
             raise ValueError("--num-envs < --learning-starts < --total-timesteps must hold")
         if not (self.env_id or self.evaluate):

@@ -93,7 +93,7 @@ def test_an_environment_of_ones_own_runs_as_printed(tmp_path):
     with open(tmp_path / "runs/my_env-Reach-v0__sac__1/metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["eval/return"]]
     assert float(rows[-1]["eval/success_rate"]) >= 0.9
-    assert float(rows[-1]["eval/return"]) > 2 * float(rows[0]["eval/return"])
+    assert float(rows[-1]["eval/return"]) > 0.5 * float(rows[0]["eval/return"])  # both negative
 
 
 def test_the_installed_versions_are_the_required_ones():

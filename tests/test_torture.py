@@ -11,6 +11,8 @@ from program import PENDULUM, call_cup, same_result, started_run, steps
 
 import cup
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="measures on Linux")
+
 
 def long(*values):
     return pytest.param(*values, marks=pytest.mark.torture)

