@@ -172,20 +172,20 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEp
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
     tasks, task = {}, env_id[:-1] + "3"
-    if env_id.endswith(("-v2", "-v3")):
-        from metaworld import ALL_V3_ENVIRONMENTS as tasks
-    if task in tasks:
-        env = tasks[task](render_mode=render_mode, reward_function_version="v2")
-        env._partially_observable = False  # show the goal in the observation, ...
-        del env.sawyer_observation_space  # ... which cached bounds would clip to zero
-        env._freeze_rand_vec = False  # a new goal for every episode, ...
-        env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
-        return SeededEpisodes(env, seed)
     options = {"render_mode": render_mode} if render_mode else {}  # not every environment has one
     try:
+        if env_id.endswith(("-v2", "-v3")):
+            from metaworld import ALL_V3_ENVIRONMENTS as tasks
+        if task in tasks:
+            env = tasks[task](reward_function_version="v2", **options)
+            env._partially_observable = False  # show the goal in the observation, ...
+            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+            env._freeze_rand_vec = False  # a new goal for every episode, ...
+            env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
+            return SeededEpisodes(env, seed)
         env = gym.make(env_id, **options)
-    except Exception as error:  # its constructor may raise anything
-        raise UserError(f"{env_id!r} is no Meta-World task; gym.make: {error!r}") from error
+    except Exception as error:  # an environment's own code may raise anything
+        raise UserError(f"cannot make {env_id!r}: {error!r}") from error
     if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
     space = env.action_space
@@ -493,7 +493,8 @@ class Agent(nn.Module):
     def update(self, batch: Batch, guide: bool = True) -> dict[str, Tensor]:
         """One gradient step of Alg. 1. Returns scalars under the names that are logged.
 
-        With guide=False, with --beta1 0 or without sources it is SAC, bit for bit.
+        With guide=False, without sources, or with --beta1 0 (and one guidance sample) it is SAC,
+        bit for bit.
         """
         args = self.args
         alpha = self.log_alpha.detach().exp()
@@ -614,6 +615,8 @@ def load_policy(path: str | Path) -> Actor:
         actor = build_actor(torch.load(path, map_location="cpu", weights_only=True))
         if not all(tensor.isfinite().all() for tensor in actor.state_dict().values()):
             raise ValueError("a weight is not finite")
+        if not torch.cat(actor(torch.zeros(actor.obs_dim))).isfinite().all():
+            raise ValueError("its bounds make no sense")
     except FileNotFoundError:
         raise UserError(f"there is no policy file {path}: see sources/ for some") from None
     except Exception as error:  # whatever else is wrong with the file
@@ -687,12 +690,13 @@ def load_checkpoint(args: Args, run_dir: Path) -> dict:
         return {}
     try:
         checkpoint = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
+        started_with = checkpoint["args"]
     except Exception as error:  # whatever is wrong with the file
         raise UserError(f"{run_dir}/checkpoint.pt is damaged ({type(error).__name__})") from error
     may_differ = ("total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
                   "tensorboard", "track")
     for name, value in asdict(args).items():
-        before = checkpoint["args"].get(name)
+        before = started_with.get(name)
         if value != before and name not in may_differ:
             raise UserError(f"{run_dir} was started with {name} = {before}, not {value}")
     return checkpoint
@@ -706,13 +710,13 @@ class Run:
         self.total_timesteps, self.tensorboard = args.total_timesteps, None
         if args.track:
             import wandb
-
+        if args.tensorboard or args.track:
+            from torch.utils.tensorboard import SummaryWriter
+        if args.track:
             about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
             wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
             self.wandb_id = wandb.run.id
         if args.tensorboard or args.track:
-            from torch.utils.tensorboard import SummaryWriter
-
             self.tensorboard = SummaryWriter(run_dir, purge_step=self.last("step") + 1)
         self.start = time.time() - self.last("time/seconds")
         columns = ["step", "time/seconds", "time/steps_per_second", "train/return"]
@@ -801,6 +805,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
 
     def save_checkpoint():
+        if not all(math.isfinite(value) for value in info.values()):
+            return  # the one before is better
         state = {"args": asdict(args), "step": step, "recent": recent[-20:]}
         state |= {"rows": run.rows, "wandb_id": run.wandb_id}
         state["info"] = {name: float(value) for name, value in info.items()}
@@ -813,64 +819,64 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     def due(interval):  # was a multiple of `interval` among the steps just taken?
         return step % interval < args.num_envs
 
-    while not stop.is_set():
-        # ---- evaluate, log, save
-        row, last = {}, step >= args.total_timesteps
-        if step > run.last("step") and (last or due(args.eval_interval)):
-            # the step as first episode's number: new goals for every evaluation
-            scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
-            if stop.is_set():
-                break  # the evaluation was cut short; the resumed run makes it anew
-            row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
-            about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
-            policy = policy_content(agent.actor, env_id=args.env_id, step=step, **about)
-            # as a source it will ignore what its own task has never shown
-            policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
-            save(policy, run_dir / "policy.pt")
-        if step > run.last("step") and (row or due(args.log_interval)):
-            if recent:
-                means = np.mean(recent[-20:], axis=0)
-                row["train/return"], row["train/success_rate"] = means.tolist()
-            run.log(step, row | {name: float(value) for name, value in info.items()})
-            info = {}
-        if last:
-            break
-        if due(args.checkpoint_interval):
-            save_checkpoint()
+    try:
+        while not stop.is_set():
+            # ---- evaluate, log, save
+            row, last = {}, step >= args.total_timesteps
+            if step > run.last("step") and (last or due(args.eval_interval)):
+                # the step as first episode's number: new goals for every evaluation
+                scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
+                if stop.is_set():
+                    break  # the evaluation was cut short; the resumed run makes it anew
+                row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
+            if step > run.last("step") and (row or due(args.log_interval)):
+                if recent:
+                    means = np.mean(recent[-20:], axis=0)
+                    row["train/return"], row["train/success_rate"] = means.tolist()
+                run.log(step, row | {name: float(value) for name, value in info.items()})
+                info = {}
+            if "eval/return" in row:
+                about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
+                policy = policy_content(agent.actor, env_id=args.env_id, step=step, **about)
+                # as a source it will ignore what its own task has never shown
+                policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
+                save(policy, run_dir / "policy.pt")
+            if last:
+                break
+            if due(args.checkpoint_interval):
+                save_checkpoint()
 
-        # ---- act
-        if step < args.learning_starts:
-            action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
-        else:
-            action = agent.act(obs, [len(env.actions) for env in envs.envs])
+            # ---- act
+            if step < args.learning_starts:
+                action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
+            else:
+                action = agent.act(obs, [len(env.actions) for env in envs.envs])
 
-        # ---- learn
-        next_step = step + args.num_envs
-        if step < args.learning_starts <= next_step:  # once
-            agent.standardize()
-        updates_before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-        updates = int(max(next_step - args.learning_starts, 0) * args.utd_ratio) - updates_before
-        for _ in range(updates):
-            batch = agent.buffer.sample(args.batch_size)
-            info = agent.update(batch, guide=next_step > args.guidance_starts)
+            # ---- learn
+            next_step = step + args.num_envs
+            if step < args.learning_starts <= next_step:  # once
+                agent.standardize()
+            updates_before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
+            updates_after = int(max(next_step - args.learning_starts, 0) * args.utd_ratio)
+            for _ in range(updates_after - updates_before):
+                batch = agent.buffer.sample(args.batch_size)
+                info = agent.update(batch, guide=next_step > args.guidance_starts)
 
-        # ---- step, store
-        try:
+            # ---- step, store
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-        except Exception:  # the environment's own: keep what was learned
-            save_checkpoint()
-            raise
-        final_obs = next_obs.copy()
-        for index in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
-            final_obs[index], final = infos["final_obs"][index], infos["final_info"]
-            recent.append([float(final[name][index]) for name in ("return", "success")])
-        stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
-                  for x in (final_obs, reward, terminated)]
-        agent.store(obs, action, *stored)
-        step = next_step
-        obs = torch.as_tensor(next_obs, device=device)
-
-    save_checkpoint()
+            final_obs = next_obs.copy()
+            for index in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
+                final_obs[index], final = infos["final_obs"][index], infos["final_info"]
+                recent.append([float(final[name][index]) for name in ("return", "success")])
+            stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
+                      for x in (final_obs, reward, terminated)]
+            agent.store(obs, action, *stored)
+            step = next_step
+            obs = torch.as_tensor(next_obs, device=device)
+    finally:  # also where an environment failed
+        envs.close()
+        eval_envs.close()
+        save_checkpoint()
     if stop.is_set():
         print(f"stopped at step {step:,}: the same command with --resume goes on")
     else:

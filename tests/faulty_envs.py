@@ -154,7 +154,7 @@ for name, changes in {
     "Fractions": {"observation_space": Box(-100, 100, (2,), np.int64)},  # and they are none
     "Column": {"action_space": Box(-1, 1, (3, 1), np.float32)},
     "Scalar": {"action_space": Box(-1, 1, (), np.float32)},
-    "Constant": {"action_space": Box(np.array([-1, 0.3]), np.array([1, 0.3]))},
+    "Constant": {"action_space": Box(*np.array([[-1, 0.3], [1, 0.3]], np.float32))},
     "Uneven": {"action_space": Box(-2.3, 1.37, (1,), np.float32)},  # rescaling rounds
     "Integers": {"action_space": Box(-5, 5, (1,), np.int64)},
     "NoBounds": {"action_space": Box(-np.inf, np.inf, (1,), np.float32)},

@@ -77,7 +77,7 @@ def test_rows_from_after_the_checkpoint_come_again(tmp_path):
     walk += ["--total-timesteps", 200, "--eval-interval", 200, "--log-interval", 40]
     for _ in range(3):
         with pytest.raises(RuntimeError):
-            call_cup(*walk)  # it fails at step 60, and at once from then on
+            call_cup(*walk)  # it fails in step 60, and at once from then on
         assert steps(tmp_path / "run") == [40]
         with open(tmp_path / "run" / "metrics.csv", "a") as file:
             file.write("60,1.0,1.0\n")  # as if it had been killed later
@@ -160,10 +160,10 @@ def test_run_directory_removed(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "step", "words"),
     [
-        ("Raises", 60, "the gripper fell off"),
+        ("Raises", 58, "the gripper fell off"),
         ("RaisesLate", 40, "the gripper fell off"),  # in the evaluation
-        ("RaisesAtReset", 80, "the table is missing"),
-        ("NotANumber", 60, "NaN or infinity"),
+        ("RaisesAtReset", 78, "the table is missing"),
+        ("NotANumber", 58, "NaN or infinity"),
     ],
 )
 def test_a_fault_is_the_environments_own_traceback_after_a_checkpoint(tmp_path, kind, step, words):
