@@ -19,11 +19,12 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.adam import adam
 
 SOURCES_DIR = Path(__file__).parent / "sources"
 SHIPPED = tuple(str(SOURCES_DIR / f"{task}-v2.pt") for task in ("reach", "push", "pick-place"))
@@ -78,6 +80,9 @@ class Args:
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
     guidance_starts: int = 5_000  # environment steps before the guidance begins
+    # weigh a source by the advantage that a second look confirms, and pull the target policy's mean
+    # only (see second_look); without it, Eqs. 11 and 12 as they stand, for which take beta1 1
+    second_look: bool = True
 
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
     eval_interval: int = 20_000  # environment steps between evaluations
@@ -88,6 +93,7 @@ class Args:
     evaluate: str | None = None  # policy file to score instead, on --env-id or on its own task
     cuda: bool = torch.cuda.is_available()  # train on the GPU
     threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))  # CPU threads; on a busy machine, 1
+    compile: bool = False  # compile the update: faster after a minute; wants a C++ compiler
     tensorboard: bool = False  # also write TensorBoard logs into the run directory
     track: bool = False  # also log to Weights & Biases
 
@@ -109,6 +115,8 @@ class Args:
             raise ValueError("no task is named: give one, such as --env-id peg-insert-side-v2")
         if self.cuda and not torch.cuda.is_available():
             raise ValueError("PyTorch finds no CUDA device: use --no-cuda")
+        if self.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise ValueError("--compile needs a C++ compiler, such as g++: install one, or drop it")
 
 
 # ---- environment ---------------------------------------------------------------------------------
@@ -285,6 +293,9 @@ class SoftQNetwork(nn.Module):
         twins = x.reshape(-1, x.shape[-1]).expand(2, -1, -1)
         return self.net(twins).view(2, *x.shape[:-1])
 
+    def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self(obs, action).amin(dim=0)  # the smaller of the twins
+
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Sample a tanh-Gaussian, reparameterised by standard normal `noise`.
@@ -343,18 +354,45 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
     return kl.sum(dim=-1)
 
 
+def second_look(
+    target_critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, means: Tensor, log_stds: Tensor,
+    noise: Tensor, alpha: Tensor | float, advantage: Tensor, looks: Tensor,
+) -> Tensor:
+    """rho (n + 1,), in [0, 1]: how much of a candidate's advantage is more than luck.
+
+    What wins at a state wins partly by the luck of its action and of the critic's last steps. So
+    the winner is judged again, by other actions and by the target critic, at the first 64 states
+    of the minibatch, which is 5 % of an update. rho is the ratio of the advantages so confirmed to
+    those seen; `looks` (2, n + 1) has the running means of both, over some 1,000 updates.
+    """
+    obs, means, log_stds, advantage = obs[:64], means[:64], log_stds[:64], advantage[:64]
+    noise = noise.roll(1, dims=1)[:, :64]  # another state's
+    action, log_prob = squash(means, log_stds, noise.unsqueeze(2))
+    q = target_critic(obs.unsqueeze(1).expand(*action.shape[:3], -1), action)
+    again, _ = expected_advantage(q, log_prob, alpha)
+    selected = F.one_hot(guidance_policy(advantage), advantage.shape[1])
+    both = torch.stack([advantage, again])  # (2, 64, n + 1)
+    looks.lerp_((selected * both).sum(dim=1), 1e-3)
+    seen, confirmed = looks
+    return (confirmed / seen.clamp(min=1e-8)).clamp(0, 1)
+
+
 def guidance_loss(
     critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
     source_mean: Tensor, source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor,
     alpha: Tensor | float, beta1: float, beta2: float,
+    target_critic: Callable[[Tensor, Tensor], Tensor] | None = None,
+    looks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
     critic(obs, action) is Q without a last axis of its own. obs (batch, obs_dim); mean, log_std
     (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
     log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
-    (batch, n, action_dim). Returns the loss, through mean and log_std, and what there is to log:
-    advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
+    (batch, n, action_dim). With a target_critic and the sums of `second_look`, Eq. 12 takes that
+    share of the advantage which the second look confirms, and the KL pulls the mean alone.
+    Returns the loss, through mean and log_std, and what there is to log: advantage (batch, n + 1),
+    guidance (an index), weight and kl (batch,), rho (n + 1,).
     """
     with torch.no_grad():
         # the same noise for all candidates: their policies differ, not their luck
@@ -364,13 +402,20 @@ def guidance_loss(
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
+        means = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)  # (batch, n + 1, action_dim)
+        log_stds = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)
+        rho = torch.ones_like(advantage[0])
+        if looks is not None:
+            rho = second_look(target_critic, obs, means, log_stds, noise, alpha, advantage, looks)
+        best = rho[guidance] * advantage.amax(dim=1)
+        weight = guidance_weight(best, value, beta1, beta2)  # Eq. 12
         row = torch.arange(len(obs), device=obs.device)
-        guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
-        guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
+        guide_mean, guide_log_std = means[row, guidance], log_stds[row, guidance]
+    if looks is not None:  # the KL to a wider policy is an entropy bonus, which alpha would fight
+        log_std = log_std.detach()
     kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
     states = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
-    return (weight * kl).mean(), states
+    return (weight * kl).mean(), states | {"rho": rho}
 
 
 @torch.no_grad()
@@ -445,6 +490,29 @@ class ReplayBuffer:
         self.rows[: self.size] = state["rows"]
 
 
+class Adam(nn.Module):
+    """torch.optim.Adam in a form that torch.compile can see into, with the same numbers."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
+        super().__init__()
+        self.learnt, self.lr = list(parameters), lr
+        self.exp_avg = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
+        self.exp_avg_sq = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
+        self.steps = nn.ParameterList(torch.zeros((), device=x.device) for x in self.learnt)
+        self.requires_grad_(False)
+
+    def minimize(self, loss: Tensor) -> None:
+        """One step of its parameters alone, whatever else the scalar `loss` depends on."""
+        gradients = torch.autograd.grad(loss, self.learnt)
+        with torch.no_grad():
+            adam(
+                self.learnt, list(gradients), list(self.exp_avg), list(self.exp_avg_sq), [],
+                list(self.steps), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0,
+                amsgrad=False, maximize=False, foreach=False, capturable=True,
+                fused=not torch.compiler.is_compiling(),
+            )
+
+
 # ---- the update, Alg. 1 --------------------------------------------------------------------------
 class Agent(nn.Module):
     """Actor, twin critic, entropy weight, and one optimiser for each."""
@@ -458,10 +526,9 @@ class Agent(nn.Module):
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
         self.to(device)
-        adam = torch.optim.Adam
-        self.actor_optimizer = adam(self.actor.parameters(), args.policy_lr, fused=True)
-        self.critic_optimizer = adam(self.critic.parameters(), args.q_lr, fused=True)
-        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr, fused=True)
+        self.actor_optimizer = Adam(self.actor.parameters(), args.policy_lr)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.q_lr)
+        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
         self.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, len(sources), device)
         self.metrics = ["loss/critic", "loss/actor", "alpha", "entropy"]  # what `update` returns
         if sources:
@@ -469,6 +536,14 @@ class Agent(nn.Module):
             self.metrics += ["loss/kl", "guidance/weight", "guidance/kl"]
             self.metrics += [f"guidance/selected/{name}" for name in self.candidates]
             self.metrics += [f"guidance/advantage/{name}" for name in self.candidates]
+            self.metrics += [f"guidance/rho/{name}" for name in sources]
+            looks = torch.zeros(2, len(sources) + 1, device=device)
+            self.register_buffer("looks", looks if args.second_look else None)
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
+            torch._inductor.config.fallback_random = True  # the random numbers stay the same
+            mode = "reduce-overhead" if args.cuda else "default"  # CUDA graphs
+            self.update = torch.compile(self.update, fullgraph=True, mode=mode)
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
@@ -503,9 +578,7 @@ class Agent(nn.Module):
         td_target = self.td_target(batch, alpha)
         td_error = self.critic(batch.obs, batch.action) - td_target  # (2, batch)
         critic_loss = td_error.square().mean(dim=1).sum()
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
+        self.critic_optimizer.minimize(critic_loss)
 
         # ---- actor: L_actor, Eq. 3
         guide = guide and len(self.sources) > 0
@@ -513,15 +586,17 @@ class Agent(nn.Module):
         mean, log_std = self.actor(batch.obs)
         noise = torch.randn(samples, *mean.shape, device=mean.device)
         action, log_prob = squash(mean, log_std, noise)
-        q = self.min_q(batch.obs.expand(samples, -1, -1), action)
+        q = self.critic.min_q(batch.obs.expand(samples, -1, -1), action)
         actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
 
         # ---- guidance: the KL term of L_CUP, Eq. 11
         if guide:
             kl_loss, states = guidance_loss(
-                self.min_q, batch.obs, mean, log_std, batch.source_mean, batch.source_log_std,
-                noise, q, log_prob, alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
+                self.critic.min_q, batch.obs, mean, log_std,
+                batch.source_mean, batch.source_log_std, noise, q, log_prob,
+                alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
+                self.target_critic.min_q, self.looks,
             )
             actor_loss = actor_loss + kl_loss
             info["loss/kl"] = kl_loss.detach()
@@ -532,18 +607,15 @@ class Agent(nn.Module):
             for name, share, advantage in zip(self.candidates, shares, advantages, strict=True):
                 info[f"guidance/selected/{name}"] = share
                 info[f"guidance/advantage/{name}"] = advantage
+            for name, rho in zip(self.sources, states["rho"]):
+                info[f"guidance/rho/{name}"] = rho
 
-        self.actor_optimizer.zero_grad()
-        # through the critic, but not into it: its own gradients would be thrown away
-        actor_loss.backward(inputs=list(self.actor.parameters()))
-        self.actor_optimizer.step()
+        self.actor_optimizer.minimize(actor_loss)  # through the critic, which stays as it is
 
         # ---- entropy weight: L_entropy, Eq. 3
         entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-        self.alpha_optimizer.zero_grad()
-        alpha_loss.backward()
-        self.alpha_optimizer.step()
+        self.alpha_optimizer.minimize(alpha_loss)
 
         # ---- target critic
         with torch.no_grad():
@@ -551,22 +623,17 @@ class Agent(nn.Module):
                 target.lerp_(online, args.tau)
         return info | {"alpha": alpha, "entropy": entropy}
 
-    def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self.critic(obs, action).amin(dim=0)  # the smaller of the twins
-
     def standardize(self) -> None:
         """Fix how the networks see observations, by the states in the replay buffer."""
         for network in (self.actor, self.critic, self.target_critic):
             network.standardize.fit(self.buffer.obs())
 
     def get_extra_state(self) -> dict:
-        """What `state_dict` has beside the networks, so that it is all there is to go on with."""
-        parts = "actor_optimizer", "critic_optimizer", "alpha_optimizer", "buffer"
-        return {name: getattr(self, name).state_dict() for name in parts}
+        """Part of `state_dict`, so that it is all there is to go on with."""
+        return {"buffer": self.buffer.state_dict()}
 
     def set_extra_state(self, state: dict) -> None:
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+        self.buffer.load_state_dict(state["buffer"])
 
 
 # ---- policy files --------------------------------------------------------------------------------
@@ -756,6 +823,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     """Alg. 1, from the start or from a checkpoint; another method brings its own agent."""
     method = "cup" if args.sources or args.num_random_sources else "sac"
     method = method if agent_class is Agent else agent_class.__name__.lower()
+    if args.compile and agent_class is not Agent:
+        raise UserError(f"--compile knows the update of cup.py, and not that of {method}: drop it")
     name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
     run_dir = Path(args.run_dir or f"runs/{name}")
     checkpoint = load_checkpoint(args, run_dir)

@@ -134,12 +134,10 @@ class HAAR(cup.Agent):
         self.high_critic = nn.Sequential(cup.Standardize(obs_dim), net).to(device)
         self.high_target = copy.deepcopy(self.high_critic).requires_grad_(False)
         self.log_high_alpha = nn.Parameter(torch.zeros((), device=device))  # all z tried at first
-        adam = torch.optim.Adam
-        self.actor_optimizer = adam(self.actor.skills.parameters(), args.policy_lr, fused=True)
-        groups = [{"params": self.actor.net.parameters(), "lr": args.policy_lr}]
-        groups += [{"params": self.high_critic.parameters(), "lr": args.q_lr}]
-        groups += [{"params": [self.log_high_alpha], "lr": args.alpha_lr}]
-        self.high_optimizer = adam(groups, fused=True)
+        self.actor_optimizer = cup.Adam(self.actor.skills.parameters(), args.policy_lr)
+        self.high_actor_optimizer = cup.Adam(self.actor.net.parameters(), args.policy_lr)
+        self.high_critic_optimizer = cup.Adam(self.high_critic.parameters(), args.q_lr)
+        self.high_alpha_optimizer = cup.Adam([self.log_high_alpha], args.alpha_lr)
         self.buffer = SegmentBuffer(args.buffer_size, obs_dim, action_dim, device)
         # in every environment: the skill, random until `act` chooses, and the segment so far
         self.register_buffer("z", torch.randint(len(sources), (args.num_envs,), device=device))
@@ -205,9 +203,9 @@ class HAAR(cup.Agent):
         entropy = -(log_prob.exp() * log_prob).sum(dim=1).mean()
         target_entropy = args.high_entropy * math.log(len(self.sources))
         alpha_loss = self.log_high_alpha.exp() * (entropy - target_entropy)
-        self.high_optimizer.zero_grad()
-        (critic_loss + actor_loss + alpha_loss).backward()  # each has its own parameters
-        self.high_optimizer.step()
+        self.high_critic_optimizer.minimize(critic_loss)
+        self.high_actor_optimizer.minimize(actor_loss)
+        self.high_alpha_optimizer.minimize(alpha_loss)
         with torch.no_grad():
             for slow, online in zip(self.high_target.parameters(), self.high_critic.parameters()):
                 slow.lerp_(online, args.tau)
@@ -226,7 +224,7 @@ class HAAR(cup.Agent):
         next_z = torch.multinomial(last_log_prob.exp(), 1).squeeze(1)
         next_z = torch.where(batch.is_last == 1, next_z, batch.z)
         states = actor.with_skill(batch.obs, batch.z), actor.with_skill(batch.next_obs, next_z)
-        self.actor_optimizer.param_groups[0]["lr"] = args.policy_lr * guide
+        self.actor_optimizer.lr = args.policy_lr * guide
         low = cup.Batch(*states, batch.action, reward, batch.terminated * batch.is_last, None, None)
         return info | super().update(low, guide=False)
 
@@ -241,9 +239,6 @@ class HAAR(cup.Agent):
             theirs, unseen = skill.standardize, skill.standardize.scale == 0
             skill.net[0].weight.data[:, unseen] = 0
             theirs.scale[unseen], theirs.shift[unseen] = ours.scale[unseen], ours.shift[unseen]
-
-    def get_extra_state(self) -> dict:
-        return super().get_extra_state() | {"high_optimizer": self.high_optimizer.state_dict()}
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ class Mamba(cup.Agent):
         # V^k(s): obs (..., obs_dim) -> (..., 1)
         self.values = nn.ModuleList(nn.Sequential(cup.Standardize(obs_dim), *n) for n in networks)
         self.values.to(device)
-        self.value_optimizer = torch.optim.Adam(self.values.parameters(), args.value_lr, fused=True)
+        self.value_optimizers = nn.ModuleList(
+            cup.Adam(value.parameters(), args.value_lr) for value in self.values
+        )
 
         # ---- the present episode of every environment
         self.source = [0] * args.num_envs  # k, if it is a roll-out
@@ -193,9 +195,7 @@ class Mamba(cup.Agent):
             index = torch.randint(len(rows), (self.args.batch_size,), generator=self.generator)
             obs, target, _ = self.states_and_returns(k, rows[index])
             loss = (self.values[k](obs) - target).square().mean()
-            self.value_optimizer.zero_grad()
-            loss.backward()
-            self.value_optimizer.step()  # of V^k alone: the others have no gradient
+            self.value_optimizers[k].minimize(loss)
         self.logged["loss/value"] = loss.item()
         self.logged[f"value/explained_variance/{self.names[k]}"] = explained.item()
 
@@ -229,16 +229,14 @@ class Mamba(cup.Agent):
     def get_extra_state(self) -> dict:
         ours = {name: getattr(self, name) for name in self.BOOKKEEPING}
         ours["generator"] = self.generator.get_state()
-        ours["value_optimizer"] = self.value_optimizer.state_dict()
         return super().get_extra_state() | {"mamba": ours}
 
     def set_extra_state(self, state: dict) -> None:
         ours = state["mamba"]
         self.generator.set_state(ours["generator"])
-        self.value_optimizer.load_state_dict(ours["value_optimizer"])
         for name in self.BOOKKEEPING:
             setattr(self, name, ours[name])
-        super().set_extra_state({name: part for name, part in state.items() if name != "mamba"})
+        super().set_extra_state(state)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Multipolar(cup.Agent):
             actor = Aggregate(args, obs_dim, action_dim, sources).to(device)
         actor.load_state_dict(actor.state_dict() | self.actor.state_dict())
         self.actor = actor
-        self.actor_optimizer = torch.optim.Adam(actor.parameters(), args.policy_lr, fused=True)
+        self.actor_optimizer = cup.Adam(actor.parameters(), args.policy_lr)
         self.theta_names = [f"theta/{name}/{i}" for name in sources for i in range(action_dim)]
         self.metrics += self.theta_names
 

@@ -120,8 +120,7 @@ class PTF(cup.Agent):
             torch.manual_seed(cup.derive_seed(args.seed, 4))
             self.options = OptionNetwork(obs_dim, len(sources), args.hidden_sizes).to(device)
         self.target_options = copy.deepcopy(self.options).requires_grad_(False)
-        adam = torch.optim.Adam
-        self.option_optimizer = adam(self.options.parameters(), args.option_lr, fused=True)
+        self.option_optimizer = cup.Adam(self.options.parameters(), args.option_lr)
         self.buffer = OptionBuffer(args.buffer_size, obs_dim, action_dim, len(sources), device)
         self.generator = torch.Generator().manual_seed(cup.derive_seed(args.seed, 5))
         # the active option of every environment; none while the actions are random
@@ -175,39 +174,31 @@ class PTF(cup.Agent):
             ends = active * (1 - batch.terminated).unsqueeze(1)
         option_loss = ((match | active) * (target - value).square()).sum(dim=1).mean()
         termination_loss = (ends * next_termination * advantage).sum(dim=1).mean()
-        self.option_optimizer.zero_grad()
-        (option_loss + termination_loss).backward()
-        self.option_optimizer.step()
+        self.option_optimizer.minimize(option_loss + termination_loss)
         teacher = value.detach().argmax(dim=1)
         termination = termination.detach()[row, teacher]
 
         # ---- critic: L_critic, as in cup.py
         td_error = self.critic(batch.obs, batch.action) - self.td_target(batch, alpha)
         critic_loss = td_error.square().mean(dim=1).sum()
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
+        self.critic_optimizer.minimize(critic_loss)
 
         # ---- actor: L_actor + c f(t) (1 - beta_o(s)) KL(pi_o || pi)
         mean, log_std = self.actor(batch.obs)
         noise = torch.randn(1, *mean.shape, device=mean.device)
         action, log_prob = cup.squash(mean, log_std, noise)
-        actor_loss = (alpha * log_prob - self.min_q(batch.obs.unsqueeze(0), action)).mean()
+        actor_loss = (alpha * log_prob - self.critic.min_q(batch.obs.unsqueeze(0), action)).mean()
         fade = (1 + torch.tanh(3 - args.mu * self.episodes)) / 2  # f(t)
         weight = args.c * fade * (1 - termination) * guide  # (batch,)
         teacher_dist = batch.source_mean[row, teacher], batch.source_log_std[row, teacher]
         kl = cup.kl_divergence(*teacher_dist, mean, log_std)  # (batch,), the source in front
         kl_loss = (weight * kl).mean()
-        self.actor_optimizer.zero_grad()
-        (actor_loss + kl_loss).backward(inputs=list(self.actor.parameters()))
-        self.actor_optimizer.step()
+        self.actor_optimizer.minimize(actor_loss + kl_loss)
 
         # ---- entropy weight: L_entropy, as in cup.py
         entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-        self.alpha_optimizer.zero_grad()
-        alpha_loss.backward()
-        self.alpha_optimizer.step()
+        self.alpha_optimizer.minimize(alpha_loss)
 
         # ---- target networks
         with torch.no_grad():
@@ -232,12 +223,11 @@ class PTF(cup.Agent):
             network.standardize.fit(self.buffer.obs())
 
     def get_extra_state(self) -> dict:
-        own = {"option_optimizer": self.option_optimizer.state_dict()}
-        return super().get_extra_state() | own | {"generator": self.generator.get_state()}
+        return super().get_extra_state() | {"generator": self.generator.get_state()}
 
     def set_extra_state(self, state: dict) -> None:
         self.generator.set_state(state["generator"])
-        super().set_extra_state({k: part for k, part in state.items() if k != "generator"})
+        super().set_extra_state(state)
 
 
 if __name__ == "__main__":

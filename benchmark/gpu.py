@@ -1,0 +1,98 @@
+"""How fast is cup.py on a GPU: eager against --compile, by environments and updates a step.
+
+    python benchmark/gpu.py     # some three minutes on an H100; leave the machine alone meanwhile
+
+A step is that of cup.py's training loop: act, update, step the environments, store. Each row of
+gpu.csv is a mean over --steps of them. gpu_share is the part of the time in which kernels run.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import cup
+from benchmark.transfer import update_csv
+
+COLUMNS = ["machine", "torch", "sources", "num_envs", "updates", "compiled", "steps_per_second",
+           "updates_per_second", "gpu_share", "load"]
+
+
+@dataclass
+class Args:
+    """Measure the speed of cup.py on a GPU."""
+
+    env_id: str = "push-v2"  # the task
+    num_envs: tuple[int, ...] = (1, 4, 16)  # environments that step side by side
+    updates: tuple[int, ...] = (1, 2, 4)  # gradient updates per step of all environments
+    num_sources: int = 3  # source policies, all random
+    steps: int = 150  # steps of all environments of a measurement; a third before it is not counted
+    cuda: bool = True  # without, it is the CPU's speed
+    out: Path = ROOT / "benchmark"  # where gpu.csv goes
+
+
+def make_agent(args: Args, compiled: bool, obs_dim: int, action_dim: int) -> cup.Agent:
+    sources = {"sources": (), "num_random_sources": args.num_sources, "buffer_size": 100_000}
+    cup_args = cup.Args(args.env_id, **sources, cuda=args.cuda, compile=compiled)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    policies = cup.load_sources(cup_args, obs_dim, action_dim)
+    policies = {name: actor.to(device) for name, actor in policies.items()}
+    agent = cup.Agent(cup_args, obs_dim, action_dim, policies, device)
+    agent.buffer.rows.normal_()
+    agent.buffer.size = 50_000
+    return agent
+
+
+def run(agent: cup.Agent, envs, updates: int, steps: int) -> float:
+    """Seconds of so many steps."""
+    device = agent.log_alpha.device
+    obs = torch.as_tensor(envs.reset()[0], device=device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        action = agent.act(obs, [len(env.actions) for env in envs.envs])
+        for _ in range(updates):
+            agent.update(agent.buffer.sample(256))
+        next_obs, reward, terminated, _, _ = envs.step(action.cpu().numpy())
+        stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
+                  for x in (next_obs, reward, terminated)]
+        agent.store(obs, action, *stored)
+        obs = stored[0]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    machine = torch.cuda.get_device_name() if args.cuda else "CPU"
+    about = {"machine": f"{machine}, {os.cpu_count()} cores", "torch": torch.__version__}
+    about["sources"] = args.num_sources
+    envs = {count: cup.make_envs(args.env_id, count, 1) for count in args.num_envs}
+    (obs_dim,) = envs[args.num_envs[0]].single_observation_space.shape
+    (action_dim,) = envs[args.num_envs[0]].single_action_space.shape
+    for compiled in (False, True):
+        agent = make_agent(args, compiled, obs_dim, action_dim)
+        for count in args.num_envs:
+            for updates in args.updates:
+                run(agent, envs[count], updates, args.steps // 3)
+                seconds = run(agent, envs[count], updates, args.steps) / args.steps
+                with torch.profiler.profile() as profile:
+                    run(agent, envs[count], updates, 20)
+                kernels = sum(event.self_device_time_total for event in profile.key_averages())
+                row = about | {"num_envs": count, "updates": updates, "compiled": compiled}
+                row["steps_per_second"] = f"{count / seconds:.4g}"
+                row["updates_per_second"] = f"{updates / seconds:.4g}"
+                row["gpu_share"] = f"{kernels / 20 / 1e6 / seconds:.2f}"
+                row["load"] = f"{os.getloadavg()[0]:.1f}"
+                update_csv(args.out / "gpu.csv", COLUMNS, 6, [row])
+                print(*row.values(), sep=", ", flush=True)
+
+
+if __name__ == "__main__":
+    main()
