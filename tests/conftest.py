@@ -21,6 +21,14 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or "not torture"
 
 
+@pytest.fixture
+def double_precision():
+    """Tolerances then speak of the mathematics, not of rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def pendulum(tmp_path_factory):
     """A finished run on Pendulum-v1 that nothing happened to, and what it said."""

@@ -3,6 +3,8 @@
 test_paste.py runs it as it is, then pastes CUP's guidance at the three marked places.
 """
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -16,20 +18,19 @@ TOTAL_TIMESTEPS, LEARNING_STARTS, BATCH_SIZE = 400, 100, 64
 GAMMA, TAU, LEARNING_RATE = 0.99, 0.005, 1e-3
 
 
+def mlp(inputs, outputs):
+    layers = nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(64, outputs))
+
+
 class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim, 64)
-        self.fc2 = nn.Linear(64, 64)
-        self.mean = nn.Linear(64, action_dim)
-        self.log_std = nn.Linear(64, action_dim)
-
-    def forward(self, obs):
-        x = F.relu(self.fc2(F.relu(self.fc1(obs))))
-        return self.mean(x), self.log_std(x).clamp(-5, 2)
+        self.net = mlp(obs_dim, 2 * action_dim)
 
     def sample(self, obs):
-        mean, log_std = self(obs)
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        log_std = log_std.clamp(-5, 2)
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
         action = torch.tanh(x)
@@ -40,13 +41,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim + action_dim, 64)
-        self.fc2 = nn.Linear(64, 64)
-        self.fc3 = nn.Linear(64, 1)
+        self.net = mlp(obs_dim + action_dim, 1)
 
     def forward(self, obs, action):
-        x = F.relu(self.fc1(torch.cat([obs, action], dim=-1)))
-        return self.fc3(F.relu(self.fc2(x))).squeeze(-1)
+        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
 
 
 torch.manual_seed(1)
@@ -55,19 +53,16 @@ obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 scale = float(env.action_space.high[0])
 
 actor = Actor(obs_dim, action_dim)
-q1, q2, q1_target, q2_target = (Critic(obs_dim, action_dim) for _ in range(4))
-q1_target.load_state_dict(q1.state_dict())
-q2_target.load_state_dict(q2.state_dict())
-critics = [*q1.parameters(), *q2.parameters()]
-targets = [*q1_target.parameters(), *q2_target.parameters()]
+critics = nn.ModuleList(Critic(obs_dim, action_dim) for _ in range(2))
+targets = copy.deepcopy(critics)
 log_alpha = torch.zeros(1, requires_grad=True)
 actor_optimizer = torch.optim.Adam(actor.parameters(), lr=LEARNING_RATE)
-critic_optimizer = torch.optim.Adam(critics, lr=LEARNING_RATE)
+critic_optimizer = torch.optim.Adam(critics.parameters(), lr=LEARNING_RATE)
 alpha_optimizer = torch.optim.Adam([log_alpha], lr=LEARNING_RATE)
 
 
-def min_q(obs, action):
-    return torch.min(q1(obs, action), q2(obs, action))
+def min_q(obs, action, critics=critics):
+    return torch.min(*(critic(obs, action) for critic in critics))
 
 
 # <functions>
@@ -94,10 +89,9 @@ for step in range(TOTAL_TIMESTEPS):
 
     with torch.no_grad():
         next_action, next_log_prob, _ = actor.sample(b_next_obs)
-        next_q = torch.min(q1_target(b_next_obs, next_action), q2_target(b_next_obs, next_action))
-        td_target = b_reward + GAMMA * (1 - b_terminated) * (next_q - alpha * next_log_prob)
-    critic_loss = F.mse_loss(q1(b_obs, b_action), td_target)
-    critic_loss = critic_loss + F.mse_loss(q2(b_obs, b_action), td_target)
+        next_value = min_q(b_next_obs, next_action, targets) - alpha * next_log_prob
+        td_target = b_reward + GAMMA * (1 - b_terminated) * next_value
+    critic_loss = sum(F.mse_loss(critic(b_obs, b_action), td_target) for critic in critics)
     critic_optimizer.zero_grad()
     critic_loss.backward()
     critic_optimizer.step()
@@ -116,6 +110,6 @@ for step in range(TOTAL_TIMESTEPS):
     alpha_optimizer.step()
 
     with torch.no_grad():
-        for target, online in zip(targets, critics, strict=True):
+        for target, online in zip(targets.parameters(), critics.parameters(), strict=True):
             target.lerp_(online, TAU)
     losses.append((critic_loss.item(), actor_loss.item()))

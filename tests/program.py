@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,9 +39,9 @@ def start_cup(*arguments, script=CUP, environment=None, **options) -> subprocess
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Wait for it. Two minutes are a hang: what is small takes seconds."""
+    """Wait for it. Five minutes are a hang: what is small takes seconds."""
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -51,7 +52,7 @@ def run_cup(*arguments, **options) -> subprocess.CompletedProcess:
     return finish(start_cup(*arguments, **options))
 
 
-def call_cup(*arguments) -> subprocess.CompletedProcess:
+def call_cup(*arguments, classes=()) -> subprocess.CompletedProcess:
     """The same in this process, which has made the imports already: there are many of these."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -61,7 +62,7 @@ def call_cup(*arguments) -> subprocess.CompletedProcess:
         contextlib.redirect_stderr(stderr),
     ):
         try:
-            cup.main()
+            cup.main(*classes)
         except SystemExit as stop:
             code = stop.code
         finally:
@@ -80,6 +81,13 @@ def started_run(run_dir: Path, *arguments, rows: int = 0, **options) -> subproce
     return process
 
 
+def one_sentence(result: subprocess.CompletedProcess, *patterns: str) -> bool:
+    """Whether the program ended with one line that holds these patterns, and with exit code 2."""
+    is_line = re.fullmatch(r"cup\.py: [^\n]+\n", result.stderr) is not None
+    found = [re.search(pattern, result.stderr) for pattern in patterns]
+    return result.returncode == 2 and is_line and all(found)
+
+
 def metrics(run_dir: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, without what the clock wrote into them."""
     with open(run_dir / "metrics.csv", newline="") as file:
@@ -89,6 +97,10 @@ def metrics(run_dir: Path) -> list[dict[str, str]]:
 
 def steps(run_dir: Path) -> list[int]:
     return [int(row["step"]) for row in metrics(run_dir)]
+
+
+def checkpoint_of(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

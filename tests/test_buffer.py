@@ -14,10 +14,12 @@ OBS_DIM, ACTION_DIM, NUM_SOURCES = 3, 2, 4
 
 def make_buffer(capacity: int, num_sources: int = NUM_SOURCES) -> cup.ReplayBuffer:
     torch.manual_seed(0)
-    return cup.ReplayBuffer(capacity, OBS_DIM, ACTION_DIM, num_sources)
+    buffer = cup.ReplayBuffer(capacity, OBS_DIM, ACTION_DIM, num_sources)
+    buffer.rows.fill_(math.nan)
+    return buffer
 
 
-def transitions(first: int, count: int, num_sources: int = NUM_SOURCES) -> tuple[Tensor, ...]:
+def transitions(first: int, count: int) -> tuple[Tensor, ...]:
     """Transitions numbered from `first`; each number in one says which, and where.
 
     The column c of part p in transition t holds t + p / 10 + c / 1000.
@@ -29,7 +31,7 @@ def transitions(first: int, count: int, num_sources: int = NUM_SOURCES) -> tuple
         return t.view(-1, *[1] * len(shape)) + p / 10 + column
 
     parts = part(0, OBS_DIM), part(1, OBS_DIM), part(2, ACTION_DIM), t + 0.3, t % 2
-    return *parts, part(5, num_sources, 2, ACTION_DIM)
+    return *parts, part(5, NUM_SOURCES, 2, ACTION_DIM)
 
 
 def numbers(obs: Tensor) -> list[int]:
@@ -45,42 +47,24 @@ def test_columns_come_back_as_stored():
     both = (NUM_SOURCES, ACTION_DIM)
     shapes = [tuple(part.shape[1:]) for part in sample]
     assert shapes == [(OBS_DIM,), (OBS_DIM,), (ACTION_DIM,), (), (), both, both]
-    assert set(numbers(sample.obs)) == set(range(14, 24))
     for row, t in enumerate(numbers(sample.obs)):
         *expected, source_dist = (part[0] for part in transitions(t, 1))
         expected += source_dist.unbind(1)  # means, log-stds
         assert all(torch.equal(ours[row], x) for ours, x in zip(sample, expected, strict=True))
 
 
-def test_it_holds_the_latest_transitions():
+def test_it_holds_the_latest_transitions_and_samples_them_uniformly():
     """Size grows to the capacity and stays; the oldest make room; the rest is never sampled."""
     buffer, total = make_buffer(7), 0
-    buffer.rows.fill_(math.nan)
     for count in (3, 1, 2, 4, 7, 1, 5, 3):
         buffer.add(*transitions(total, count))
         total += count
         latest = list(range(max(0, total - 7), total))
-        sample = buffer.sample(700)
-        assert not any(part.isnan().any() for part in sample)
-        assert (buffer.size, sorted(set(numbers(sample.obs)))) == (min(total, 7), latest)
+        sampled = numbers(buffer.sample(700).obs)
+        assert (buffer.size, sorted(set(sampled))) == (min(total, 7), latest)
         assert sorted(numbers(buffer.obs())) == latest
-
-
-def test_sampling_is_uniform():
-    buffer = make_buffer(8, num_sources=0)
-    buffer.add(*transitions(0, 11, num_sources=0))
-    _, counts = buffer.sample(80_000).obs[:, 0].round().int().unique(return_counts=True)
-    assert counts.tolist() == pytest.approx([10_000] * 8, abs=500)  # 5 sigma
-
-
-def test_a_sample_is_a_copy():
-    """A later transition in the same row does not reach into a minibatch."""
-    buffer = make_buffer(1)
-    buffer.add(*transitions(0, 1))
-    sample = buffer.sample(1)
-    before = copy.deepcopy(sample)
-    buffer.add(*transitions(1, 1))
-    assert all(map(torch.equal, sample, before))
+    sampled = numbers(buffer.sample(70_000).obs)
+    assert [sampled.count(t) for t in latest] == pytest.approx([10_000] * 7, abs=500)  # 5 sigma
 
 
 @pytest.mark.parametrize("count", [4, 17])
@@ -96,28 +80,19 @@ def test_its_state_is_the_used_rows_and_where_it_goes_on(count: int):
     assert torch.equal(other.rows[: other.size], buffer.rows[: buffer.size])
 
 
-def test_without_sources_there_is_nothing_to_carry():
-    """`query_sources` of no sources fits in, and the sample has zero sources."""
-    buffer = make_buffer(10, num_sources=0)
-    *parts, _ = transitions(0, 10)
-    buffer.add(*parts, cup.query_sources([], parts[0], cup.Args(env_id="x")))
-    assert buffer.rows.shape == (10, 2 * OBS_DIM + ACTION_DIM + 2)
-    sample = buffer.sample(4)
-    assert sample.source_mean.shape == sample.source_log_std.shape == (4, 0, ACTION_DIM)
-
-
-def test_source_distributions_are_those_of_the_state():
+@pytest.mark.parametrize("num_sources", [0, NUM_SOURCES])
+def test_source_distributions_are_those_of_the_state(num_sources: int):
     """What comes out beside a state is what the sources say when asked again."""
     torch.manual_seed(0)
-    sources = {str(n): cup.Actor(OBS_DIM, ACTION_DIM, (8,)) for n in range(NUM_SOURCES)}
+    sources = {str(n): cup.Actor(OBS_DIM, ACTION_DIM, (8,)) for n in range(num_sources)}
     args = cup.Args(env_id="x", hidden_sizes=(8,), buffer_size=256)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources)
-    with torch.no_grad():
-        for _ in range(5):
-            obs, next_obs, rest = torch.randn(3, 6, OBS_DIM)
-            agent.store(obs, rest[:, :ACTION_DIM], next_obs, rest[:, 0], torch.zeros(6))
-        sample = agent.buffer.sample(32)
-        for n, source in enumerate(sources.values()):
-            mean, log_std = source(sample.obs)
-            torch.testing.assert_close(sample.source_mean[:, n], mean.clamp(-2.5, 2.5))
-            torch.testing.assert_close(sample.source_log_std[:, n], log_std.clamp(min=-1.5))
+    for _ in range(5):
+        obs, next_obs, rest = torch.randn(3, 6, OBS_DIM)
+        agent.store(obs, rest[:, :ACTION_DIM], next_obs, rest[:, 0], torch.zeros(6))
+    sample = agent.buffer.sample(32)
+    assert sample.source_mean.shape == sample.source_log_std.shape == (32, num_sources, ACTION_DIM)
+    for n, source in enumerate(sources.values()):
+        mean, log_std = source(sample.obs)
+        torch.testing.assert_close(sample.source_mean[:, n], mean.clamp(-2.5, 2.5))
+        torch.testing.assert_close(sample.source_log_std[:, n], log_std.clamp(min=-1.5))

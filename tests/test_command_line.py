@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from program import (
-    CUP, PENDULUM, SMALL, call_cup, metrics, run_cup, same_policy, same_result, steps,
+    CUP, PENDULUM, SMALL, call_cup, checkpoint_of, metrics, one_sentence, run_cup, same_policy,
+    same_result, steps,
 )
 
 import cup
@@ -30,18 +31,15 @@ def sources(tmp_path_factory):
 
 
 # ---- training runs -------------------------------------------------------------------------------
-@pytest.mark.parametrize("guidance", ["sources", "random sources", "no sources"])
-def test_metaworld(tmp_path, monkeypatch, sources, guidance):
-    flags, names = {
-        "sources": (["--sources", *sources], ["reach-v2", "push-v2", "target"]),
-        "random sources": (["--sources", "--num-random-sources", 1], ["random-1", "target"]),
-        "no sources": (["--sources"], []),
-    }[guidance]
+@pytest.mark.parametrize("guided", [True, False])
+def test_metaworld(tmp_path, monkeypatch, sources, guided):
+    flags = ["--sources", *sources, "--num-random-sources", 1] if guided else ["--sources"]
+    names = ["random-1", "reach-v2", "push-v2", "target"] if guided else []
     monkeypatch.chdir(tmp_path)  # the default --run-dir
     result = call_cup("--env-id", "peg-insert-side-v2", *flags, *SHORT)
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name == f"peg-insert-side-v2__{'cup' if names else 'sac'}__1"
+    assert run_dir.name == f"peg-insert-side-v2__{'cup' if guided else 'sac'}__1"
     assert f"runs/{run_dir.name}/policy.pt" in result.stdout
     assert "success" in result.stdout
 
@@ -51,10 +49,10 @@ def test_metaworld(tmp_path, monkeypatch, sources, guidance):
         columns = [key for key in last if key.startswith(f"guidance/{name}/")]
         assert columns == [f"guidance/{name}/{source}" for source in names]
     losses = ["loss/critic", "loss/actor", "alpha", "entropy"]
-    for name in losses + (["loss/kl", "guidance/weight", "guidance/kl"] if names else []):
+    for name in losses + (["loss/kl", "guidance/weight", "guidance/kl"] if guided else []):
         assert first[name] == ""  # nothing was learned yet
         assert math.isfinite(float(last[name]))
-    if names:
+    if guided:
         shares = [float(last[f"guidance/selected/{source}"]) for source in names]
         assert sum(shares) == pytest.approx(1)
         assert float(last["guidance/advantage/target"]) == 0
@@ -71,9 +69,8 @@ def test_outputs_of_a_run(pendulum):
     assert "success" not in result.stdout  # Pendulum has no such thing
 
     about = json.loads((run_dir / "args.json").read_text())
-    assert about["args"]["env_id"] == "Pendulum-v1"
-    assert about["args"]["hidden_sizes"] == [16, 16]
     assert about["args"].keys() == cup.Args.__dataclass_fields__.keys()
+    assert (about["args"]["env_id"], about["args"]["hidden_sizes"]) == ("Pendulum-v1", [16, 16])
     assert about["versions"]["torch"] == torch.__version__
     assert {"metaworld", "mujoco", "gymnasium"} < about["versions"].keys()
 
@@ -110,8 +107,8 @@ def test_cup_begins_as_sac_does_and_without_guidance_is_sac(pendulum, tmp_path, 
     rows, buffers = [], []
     for name, flags in {"cup": guided, "sac": ["--sources"]}.items():
         assert call_cup(*typed, *flags, "--run-dir", tmp_path / name).returncode == 0
-        checkpoint = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        buffers.append(checkpoint["agent"]["_extra_state"]["buffer"]["rows"][:, : 3 + 3 + 1 + 2])
+        buffer = checkpoint_of(tmp_path / name)["agent"]["_extra_state"]["buffer"]
+        buffers.append(buffer["rows"][:, : 3 + 3 + 1 + 2])
         rows.append(metrics(tmp_path / name))
     shared = [{name: ours[name] for name in theirs} for ours, theirs in zip(*rows, strict=True)]
     assert same_policy(tmp_path / "cup", tmp_path / "sac") == (same is not None)
@@ -128,31 +125,21 @@ def test_sources_have_names_of_their_own(tmp_path):
         actors.append(cup.Actor(3, 1, [4]))
         cup.save(cup.policy_content(actors[-1]), tmp_path / path)
     files = tuple(str(tmp_path / path) for path in paths)
-    args = cup.Args(env_id="x", sources=files, num_random_sources=1)
-    sources = cup.load_sources(args, 3, 1)
+    sources = cup.load_sources(cup.Args("x", sources=files, num_random_sources=1), 3, 1)
     names = ["x-3", "x", "x-2", "target-2", "random-1-2", "a", "b"]
     assert sources.keys() == {*names, "random-1"}
     for actor, name in zip(actors, names):
         assert torch.equal(actor(torch.ones(3))[0], sources[name](torch.ones(3))[0])
 
 
-def test_environments_of_ones_own(tmp_path, monkeypatch):
-    """The default run directory is a name for every system; no time limit is worth a word."""
+def test_an_environment_without_a_time_limit_is_worth_a_warning(tmp_path, monkeypatch):
+    """And the default run directory of a module's environment is a name for every system."""
     monkeypatch.chdir(tmp_path)
     result = call_cup("--env-id", "faulty_envs:Unlimited-v0", "--sources", *SHORT)
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"[\w.-]+Unlimited-v0__sac__1", run_dir.name)
-    (line,) = result.stderr.splitlines()
-    assert "no time limit" in line
-    assert "TimeLimit" in line
-
-
-@pytest.mark.parametrize("env_id", ["Terminates-v0", "Large-v0"])
-def test_early_terminations_and_large_rewards_are_no_faults(tmp_path, env_id):
-    typed = ["--env-id", f"faulty_envs:{env_id}", "--sources", *SHORT]
-    result = call_cup(*typed, "--total-timesteps", 200, "--run-dir", tmp_path / "run")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"[^\n]*no time limit[^\n]*TimeLimit[^\n]*\n", result.stderr)
 
 
 def test_a_run_on_pendulum_does_not_import_metaworld(tmp_path):
@@ -164,26 +151,26 @@ def test_a_run_on_pendulum_does_not_import_metaworld(tmp_path):
 
 
 # ---- TensorBoard, Weights & Biases ---------------------------------------------------------------
-class Loggers:
+@pytest.fixture
+def loggers(monkeypatch):
     """Stands in for both packages, and keeps what it was told."""
+    told = SimpleNamespace(run=SimpleNamespace(id=None), inits=[], writers=[], scalars=[])
 
-    def __init__(self, monkeypatch):
-        self.inits, self.writers, self.scalars = [], [], []
-        self.run = SimpleNamespace(id=None)
-        monkeypatch.setitem(sys.modules, "wandb", self)
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", self)
+    def init(**options):
+        told.run.id = options["id"] or f"made-{len(told.inits)}"
+        told.inits.append(options)
 
-    def init(self, **options):
-        self.run.id = options["id"] or f"made-{len(self.inits)}"
-        self.inits.append(options)
+    def writer(*place, **options):
+        told.writers.append(options)
+        return SimpleNamespace(add_scalar=lambda *row: told.scalars.append(row))
 
-    def SummaryWriter(self, *place, **options):
-        self.writers.append(options)
-        return SimpleNamespace(add_scalar=lambda *row: self.scalars.append(row))
+    told.init, told.SummaryWriter = init, writer
+    monkeypatch.setitem(sys.modules, "wandb", told)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", told)
+    return told
 
 
-def test_a_run_keeps_its_identity_at_weights_and_biases(tmp_path, monkeypatch):
-    loggers = Loggers(monkeypatch)
+def test_a_run_keeps_its_identity_at_weights_and_biases(tmp_path, loggers):
     for name, total in [("a/x", 60), ("b/x", 60), ("a/x", 80)]:
         typed = ["--env-id", "Pendulum-v1", "--sources", *SHORT, "--track", "--resume"]
         result = call_cup(*typed, "--total-timesteps", total, "--run-dir", tmp_path / name)
@@ -198,15 +185,13 @@ def test_a_run_keeps_its_identity_at_weights_and_biases(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["wandb", "tensorboard"])
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, missing):
-    loggers = Loggers(monkeypatch)
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, loggers, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
     monkeypatch.chdir(tmp_path)
     typed = ["--env-id", "Pendulum-v1", "--sources", *SHORT, "--run-dir", "run"]
     result = call_cup(*typed, "--track", "--tensorboard")
-    assert result.returncode == 2
-    assert re.fullmatch(rf"cup\.py: [^\n]*{missing}[^\n]*\n", result.stderr), result.stderr
+    assert one_sentence(result, missing), result.stderr
     assert ("wandb" in result.stderr) == (missing == "wandb")
     assert not loggers.inits
     assert not list(tmp_path.iterdir())  # the command works when the package is there
@@ -215,8 +200,8 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, missing):
 # ---- --evaluate ----------------------------------------------------------------------------------
 def test_evaluate_names_success_with_its_interval(sources, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    typed = ["--evaluate", sources[0], "--eval-episodes", 2, "--num-envs", 2]
-    result = call_cup(*typed, "--threads", 1)
+    typed = ["--evaluate", sources[0], "--eval-episodes", 2, "--num-envs", 2, "--threads", 1]
+    result = call_cup(*typed)
     assert result.returncode == 0, result.stderr
     assert f"{sources[0]} on reach-v2" in result.stdout
     for kind in ("mean", "sampled"):
@@ -227,17 +212,13 @@ def test_evaluate_names_success_with_its_interval(sources, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())  # it only looks
 
 
-def test_evaluate_without_success_and_on_another_task(pendulum):
-    policy = pendulum[0] / "policy.pt"
+def test_evaluate_without_success_in_plain_ascii(pendulum):
     ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    result = run_cup("--evaluate", policy, "--eval-episodes", 2, environment=ascii_only)
+    typed = ["--evaluate", pendulum[0] / "policy.pt", "--eval-episodes", 2]
+    result = run_cup(*typed, environment=ascii_only)
     assert (result.returncode, result.stderr) == (0, "")
     assert "return -" in result.stdout
     assert "success" not in result.stdout
-
-    result = call_cup("--evaluate", policy, "--env-id", "reach-v2")
-    assert result.returncode == 2
-    assert re.fullmatch(r"cup\.py: .*\(3, 1\).* reach-v2 .*\(39, 4\)[^\n]*\n", result.stderr)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -248,25 +229,21 @@ FINISHED = " ".join([*PENDULUM, "--resume --run-dir finished"])
 BAD_INPUT = {
     "--env-id peg-insert-sid-v2": ["'peg-insert-sid-v2'"],
     "--env-id Pendulun-v1": ["'Pendulun-v1'", "Pendulum"],
-    "--env-id Pendulum-v7": ["'Pendulum-v7'", "v1"],
     "--env-id nothing_installed:Robot-v0": ["nothing_installed"],
     "--env-id CartPole-v1": ["CartPole-v1", "Discrete(2)", "Box"],
     f"{FAULTY}NoBounds-v0": ["bounded"],
     f"{FAULTY}Integers-v0": ["(1,), int64)"],
     f"{FAULTY}CannotBeMade-v0": ["RuntimeError", "no robot is connected"],
-    f"{FAULTY}NeedsRobot-v0": ["TypeError", "'robot'"],
     f"{FAULTY}NotANumberAtOnce-v0 --sources": ["NaN or infinity", "episode 0"],
     f"{PEG} nowhere.pt": ["no policy file nowhere.pt"],
-    f"{PEG} empty": ["empty is not a policy file"],
     f"{PEG} text.pt": ["text.pt is not a policy file"],
     f"{PEG} truncated.pt": ["truncated.pt is not a policy file"],
     f"{PEG} finished/checkpoint.pt": ["checkpoint.pt is not a policy file"],
     f"{PEG} pendulum.pt": ["pendulum.pt", "(3, 1)", "(39, 4)"],
     "--evaluate nowhere.pt": ["no policy file nowhere.pt"],
+    "--evaluate pendulum.pt --env-id reach-v2": ["(3, 1)", "reach-v2", "(39, 4)"],
     f"{PEG} --run-dir finished": ["finished exists", "--resume"],
-    f"{PEG} --run-dir empty": ["empty exists"],
     f"{PEG} --run-dir text.pt/run": ["text.pt/run"],
-    f"{PEG} --run-dir /proc/run": ["/proc/run"],
     f"{PEG} --resume --run-dir broken": ["broken/checkpoint.pt is"],
     f"{FINISHED} --gamma 0.5": ["finished was started with", "gamma", "0.99, not 0.5"],
     f"{FINISHED} --seed 9": ["finished was started with", "seed", "1, not 9"],
@@ -290,7 +267,6 @@ def bad_files(pendulum, tmp_path_factory):
     (directory / "pendulum.pt").write_bytes(policy)
     (directory / "truncated.pt").write_bytes(policy[: len(policy) // 2])
     (directory / "text.pt").write_text("these are not weights\n")
-    (directory / "empty").mkdir()
     shutil.copytree(pendulum[0], directory / "finished")
     (directory / "broken").mkdir()
     (directory / "broken" / "checkpoint.pt").write_bytes(policy[:99])
@@ -306,23 +282,18 @@ def test_bad_input_is_one_sentence_and_changes_nothing(typed, bad_files, monkeyp
     before = contents(bad_files)
     monkeypatch.chdir(bad_files)
     result = call_cup(*typed.split())
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
+    assert (result.returncode, result.stdout) == (2, "")
     if typed in BAD_USAGE:
         assert BAD_USAGE[typed] in result.stderr
     else:
-        assert re.fullmatch(r"cup\.py: [^\n]+\n", result.stderr), result.stderr
-        assert all(words in result.stderr for words in BAD_INPUT[typed]), result.stderr
-        if FAULTY in typed:  # what exists is not to be had by another name
-            assert "did you mean" not in result.stderr.lower()
+        assert one_sentence(result, *map(re.escape, BAD_INPUT[typed])), result.stderr
     assert contents(bad_files) == before
 
 
 def test_a_copy_of_cup_without_sources_does_not_turn_into_sac(tmp_path):
     script = shutil.copy(CUP, tmp_path)
     result = run_cup("--env-id", "Pendulum-v1", script=script, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r"cup\.py: [^\n]*sources/reach-v2\.pt[^\n]*\n", result.stderr)
+    assert one_sentence(result, r"sources/reach-v2\.pt"), result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["cup.py"]
 
 

@@ -5,34 +5,26 @@ import sys
 
 import pytest
 import torch
-from program import PENDULUM, run_cup
-from torch import nn
+from by_hand import random_batch
+from program import PENDULUM, call_cup
 
 import cup
 from benchmark import diagnose
 from benchmark.transfer import read_csv
 
 STATES, SOURCES, OBS, ACTIONS = 64, 3, 5, 2
-SETTINGS = {"env_id": "Pendulum-v1", "hidden_sizes": (16,), "sources": ()}
 
 
 def make_agent(**settings) -> cup.Agent:
-    args = cup.Args(**SETTINGS | {"num_random_sources": SOURCES, "cuda": False} | settings)
+    torch.manual_seed(0)
+    settings |= {"hidden_sizes": (16,), "sources": (), "num_random_sources": SOURCES}
+    args = cup.Args("Pendulum-v1", cuda=False, **settings)
     return cup.Agent(args, OBS, ACTIONS, cup.load_sources(args, OBS, ACTIONS))
-
-
-def make_batch() -> cup.Batch:
-    obs, next_obs = torch.randn(2, STATES, OBS)
-    reward, terminated = torch.randn(STATES), torch.zeros(STATES)
-    mean, log_std = torch.randn(2, STATES, SOURCES, ACTIONS)
-    action = torch.rand(STATES, ACTIONS)
-    return cup.Batch(obs, next_obs, action, reward, terminated, mean, log_std)
 
 
 def test_the_two_gradients_at_the_mean():
     """d/d mean of beta KL(N(mean, .) || N(m, s^2)) is beta (mean - m) / s^2; SAC's by hand."""
-    torch.manual_seed(0)
-    agent, batch = make_agent(beta1=2.0, beta2=0.5), make_batch()
+    agent, batch = make_agent(beta1=2.0, beta2=0.5), random_batch(STATES, OBS, ACTIONS, SOURCES)
     torch.manual_seed(3)
     states, (sac, kl) = diagnose.guidance_and_pull(agent, batch)
     assert 0 < (states["guidance"] < SOURCES).sum() < STATES
@@ -53,34 +45,11 @@ def test_the_two_gradients_at_the_mean():
         assert torch.allclose(sac[k], expected, atol=1e-6)
 
 
-class Critics(nn.Module):
-    """Q1 = the first action component, Q2 = -2 times the second."""
-
-    def forward(self, obs, action):
-        return torch.stack([action[..., 0], -2 * action[..., 1]])
-
-
-def test_fresh_advantage_is_an_expectation():
-    torch.manual_seed(0)
-    agent, batch = make_agent(), make_batch()
-    source = torch.randint(SOURCES, (STATES,))
-    found = diagnose.fresh_advantage(agent.actor, Critics(), batch, source, 4_000)
-    mean, log_std = (x.detach() for x in agent.actor(batch.obs))
-    for k in range(8):
-        theirs = batch.source_mean[k, source[k]], batch.source_log_std[k, source[k]]
-        q = []
-        for m, s in (theirs, (mean[k], log_std[k])):
-            action = torch.tanh(m + s.exp() * torch.randn(40_000, ACTIONS))
-            twins = action[:, 0], -2 * action[:, 1]
-            q.append(torch.stack([*twins, torch.minimum(*twins)]).mean(dim=1))
-        assert torch.allclose(found[:, k], q[0] - q[1], atol=0.1)
-
-
 def test_looking_changes_nothing():
     """So that it can be called from within a run."""
     agent = make_agent(buffer_size=300, batch_size=8)
-    agent.store(torch.randn(200, OBS), torch.rand(200, ACTIONS), torch.randn(200, OBS),
-                torch.randn(200), torch.zeros(200))
+    obs, next_obs, action, *rest = random_batch(200, OBS, ACTIONS)[:5]
+    agent.store(obs, action, next_obs, *rest)
     before = {name: x.clone() for name, x in agent.named_parameters()}
     rng_state = torch.get_rng_state()
     found = diagnose.look(agent, 64, 4)
@@ -94,7 +63,7 @@ def test_command_line(tmp_path):
     """With many actions there is no luck: the update's own estimate is the expectation."""
     run_dir = tmp_path / "run"
     flags = "--num-guidance-samples", "64", "--checkpoint-interval", "1000"
-    assert run_cup(*PENDULUM, *flags, "--run-dir", run_dir).returncode == 0
+    assert call_cup(*PENDULUM, *flags, "--run-dir", run_dir).returncode == 0
     command = [sys.executable, diagnose.__file__, run_dir, "--states", "500", "--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     (row,) = read_csv(tmp_path / "diagnosis.csv")

@@ -1,6 +1,5 @@
 """Nothing lost, nothing let in: runs that stop, are killed, starved or fed garbage."""
 
-import contextlib
 import os
 import pickle
 import re
@@ -13,8 +12,8 @@ import faulty_envs
 import pytest
 import torch
 from program import (
-    PENDULUM, SMALL, call_cup, finish, metrics, same_policy, same_result, start_cup, started_run,
-    steps,
+    PENDULUM, SMALL, call_cup, checkpoint_of, finish, metrics, one_sentence, same_policy,
+    same_result, start_cup, started_run, steps,
 )
 
 import cup
@@ -22,16 +21,6 @@ import cup
 PENDULUM = [*PENDULUM, "--resume"]  # starts, goes on, or says that it is finished
 WALK = [*SMALL, "--total-timesteps", 60, "--eval-interval", 40, "--checkpoint-interval", 20]
 WALK += ["--resume", "--sources", "--env-id"]
-
-
-def checkpoint_of(run_dir) -> dict:
-    """One that is whole and loads."""
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
-
-
-def one_sentence(result, words: str = "") -> bool:
-    pattern = rf"cup\.py: [^\n]*{words}[^\n]*\n"
-    return result.returncode == 2 and re.fullmatch(pattern, result.stderr) is not None
 
 
 # ---- the same command, again and again -----------------------------------------------------------
@@ -107,7 +96,8 @@ def test_metaworld_resumes_in_the_middle_of_an_episode(tmp_path):
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(pendulum, tmp_path):
-    run_dir = tmp_path / "copy"  # a run directory may also be moved
+    """Also in another place, and without the GPU that it began with."""
+    run_dir = tmp_path / "copy"
     shutil.copytree(pendulum[0], run_dir)
     before = metrics(run_dir)
     result = call_cup(*PENDULUM, "--run-dir", run_dir)
@@ -115,22 +105,14 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(pendulum, tmp_path):
     assert "is finished" in result.stdout
     assert metrics(run_dir) == before
 
+    checkpoint = checkpoint_of(run_dir)
+    checkpoint["args"]["cuda"] = True
+    torch.save(checkpoint, run_dir / "checkpoint.pt")
     result = call_cup(*PENDULUM, "--run-dir", run_dir, "--total-timesteps", 1040)
     assert result.returncode == 0, result.stderr
     assert metrics(run_dir)[:50] == before
     assert steps(run_dir) == list(range(20, 1041, 20))
     assert "finished 1,040 steps" in result.stdout
-
-
-def test_a_run_from_a_gpu_goes_on_without_one(pendulum, tmp_path):
-    shutil.copytree(pendulum[0], tmp_path / "run")
-    checkpoint = checkpoint_of(tmp_path / "run")
-    checkpoint["args"]["cuda"] = True
-    torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
-    arguments = ["--run-dir", tmp_path / "run", "--total-timesteps", 1040, "--no-cuda"]
-    result = call_cup(*PENDULUM, *arguments)
-    assert result.returncode == 0, result.stderr
-    assert steps(tmp_path / "run")[-1] == 1040
 
 
 # ---- full disk, lost disk ------------------------------------------------------------------------
@@ -164,63 +146,54 @@ def test_run_directory_removed(tmp_path):
         ("RaisesLate", 40, "the gripper fell off"),  # in the evaluation
         ("RaisesAtReset", 78, "the table is missing"),
         ("NotANumber", 58, "NaN or infinity"),
+        ("Huge", 20, r"loss/critic is (inf|nan) at step 40"),
     ],
 )
-def test_a_fault_is_the_environments_own_traceback_after_a_checkpoint(tmp_path, kind, step, words):
+def test_after_a_fault_there_is_a_checkpoint_of_before(tmp_path, monkeypatch, kind, step, words):
+    """What an environment raises comes with its traceback; the rest is one sentence."""
+    monkeypatch.setattr(faulty_envs.Walk, "closed", 0)
     walk = [*WALK, f"faulty_envs:{kind}-v0", "--run-dir", tmp_path / "run"]
-    walk += ["--total-timesteps", 200, "--checkpoint-interval", 1000]
-    walk += ["--eval-interval", 40 if kind == "RaisesLate" else 1000]
-    if kind == "NotANumber":
-        assert one_sentence(call_cup(*walk), words)
-    else:
+    walk += ["--total-timesteps", 200, "--checkpoint-interval", 20 if kind == "Huge" else 1000]
+    walk += ["--eval-interval", 40 if kind in ("RaisesLate", "Huge") else 1000]
+    if "Raises" in kind:
         with pytest.raises(RuntimeError, match=words):
             call_cup(*walk)
+    else:
+        result = call_cup(*walk)
+        assert one_sentence(result, words), result.stderr
     checkpoint = checkpoint_of(tmp_path / "run")
     assert checkpoint["step"] == step
     assert all(torch.isfinite(w).all() for k, w in checkpoint["agent"].items() if "actor" in k)
-
-
-def test_environments_are_closed_in_the_end(tmp_path, monkeypatch):
-    for kind, total in [("Walk", 60), ("Raises", 200)]:
-        monkeypatch.setattr(faulty_envs.Walk, "closed", 0)
-        walk = [*WALK, f"faulty_envs:{kind}-v0", "--run-dir", tmp_path / kind]
-        with contextlib.suppress(RuntimeError):
-            call_cup(*walk, "--total-timesteps", total)
-        assert faulty_envs.Walk.closed == 4  # two to train in, two to evaluate in
-
-
-def test_a_loss_of_infinity_is_one_sentence_and_the_checkpoint_from_before(tmp_path):
-    arguments = [*SMALL, "--env-id", "faulty_envs:Huge-v0", "--sources", "--total-timesteps", 80]
-    arguments += ["--checkpoint-interval", 20, "--eval-interval", 40]
-    result = call_cup(*arguments, "--run-dir", tmp_path / "run")
-    assert one_sentence(result, r"loss/critic is (inf|nan) at step 40"), result.stderr
-    agent = checkpoint_of(tmp_path / "run")["agent"]
-    assert all(w.isfinite().all() for name, w in agent.items() if name.startswith("actor."))
-    assert not (tmp_path / "run" / "policy.pt").exists()  # nor was a good one replaced by this
+    assert not (tmp_path / "run" / "policy.pt").exists()  # nor was a good one replaced
+    assert faulty_envs.Walk.closed == 4  # two to train in, two to evaluate in
 
 
 # ---- policy files from elsewhere -----------------------------------------------------------------
-def policy_file(path, **changes):
-    cup.save(cup.policy_content(cup.Actor(3, 1, [8]), **changes), path)
+@pytest.fixture
+def path(tmp_path):
+    """A policy file that is whole."""
+    cup.save(cup.policy_content(cup.Actor(3, 1, [8])), tmp_path / "policy.pt")
+    return tmp_path / "policy.pt"
+
+
+def content_of(path):
     return torch.load(path, weights_only=True)
 
 
-def test_tensors_that_claim_to_be_huge(tmp_path):
+def test_tensors_that_claim_to_be_huge(path):
     """A tensor may repeat one stored number: this file of 2 kB asks for 4 GB."""
-    content = policy_file(tmp_path / "policy.pt")
+    content = content_of(path)
     content["weights"]["net.0.weight"] = torch.zeros(1).expand(2**32)
-    torch.save(content, tmp_path / "policy.pt")
+    torch.save(content, path)
     with pytest.raises(cup.UserError):
-        cup.load_policy(tmp_path / "policy.pt")
+        cup.load_policy(path)
 
 
-def test_weights_in_double_precision_are_welcome(tmp_path):
-    content = policy_file(tmp_path / "policy.pt")
-    before = cup.load_policy(tmp_path / "policy.pt")(torch.ones(3))
+def test_weights_in_double_precision_are_welcome(path):
+    content, before = content_of(path), cup.load_policy(path)(torch.ones(3))
     content["weights"] = {name: w.double() for name, w in content["weights"].items()}
-    torch.save(content, tmp_path / "policy.pt")
-    after = cup.load_policy(tmp_path / "policy.pt")(torch.ones(3))
-    assert all(map(torch.equal, before, after))
+    torch.save(content, path)
+    assert all(map(torch.equal, before, cup.load_policy(path)(torch.ones(3))))
 
 
 MISSING = ["actor", "weights", "obs_dim", "action_dim", "hidden_sizes"]
@@ -228,9 +201,8 @@ MISSING += ["standardize.scale", "net.0.weight", "net.2.bias"]
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_what_is_missing_or_not_finite_is_named(tmp_path, name):
-    path = tmp_path / "policy.pt"
-    content = policy_file(path)
+def test_what_is_missing_or_not_finite_is_named(path, name):
+    content = content_of(path)
     weights = content["weights"]
     part = next(d for d in (content, content["actor"], weights) if name in d)
     value = part.pop(name)
@@ -246,11 +218,11 @@ def test_what_is_missing_or_not_finite_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("env_id", [5, ["reach-v2"], "os:Robot-v0"])
-def test_a_policy_file_cannot_choose_what_is_imported(tmp_path, env_id):
+def test_a_policy_file_cannot_choose_what_is_imported(path, env_id):
     """--evaluate takes the task from the file: a name, and not a module to import."""
-    policy_file(tmp_path / "policy.pt", env_id=env_id)
-    result = call_cup("--evaluate", tmp_path / "policy.pt", "--no-cuda")
-    assert one_sentence(result, str(tmp_path / "policy.pt")), result.stderr
+    torch.save(content_of(path) | {"env_id": env_id}, path)
+    result = call_cup("--evaluate", path, "--no-cuda")
+    assert one_sentence(result, f"{path} names no task"), result.stderr
 
 
 class Touch:
@@ -264,9 +236,9 @@ class Touch:
 
 
 @pytest.mark.parametrize("place", ["actor", "weights", "env_id"])
-def test_code_in_a_policy_file_is_not_run(tmp_path, place):
-    marker, path = tmp_path / "executed", tmp_path / "policy.pt"
-    torch.save(policy_file(path) | {place: Touch(marker)}, path)
+def test_code_in_a_policy_file_is_not_run(path, place):
+    marker = path.with_name("executed")
+    torch.save(content_of(path) | {place: Touch(marker)}, path)
     for _ in range(2):
         with pytest.raises(cup.UserError):
             cup.load_policy(path)

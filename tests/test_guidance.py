@@ -4,12 +4,12 @@ Plain loops, integrals over one action dimension, Monte Carlo over several, auto
 """
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from by_hand import act, random_batch
 from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
@@ -19,13 +19,7 @@ import cup
 
 OBS_DIM, ACTION_DIM, NUM_SOURCES, BATCH = 3, 2, 3, 16
 
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    """Tolerances then speak of the mathematics, not of rounding."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 # ---- one tanh-Gaussian: squash -------------------------------------------------------------------
@@ -54,18 +48,6 @@ def test_squash_log_prob_is_a_density(mean: float, log_std: float):
     np.testing.assert_allclose(action.squeeze(1), grid, atol=1e-9)
     np.testing.assert_allclose(log_prob.exp(), density(grid, mean, log_std), atol=1e-9)
     assert log_prob.exp().sum() * width == pytest.approx(1, abs=1e-5)
-
-
-def test_squash_sums_log_prob_over_action_dimensions():
-    """Against torch.distributions, with samples and candidates broadcast."""
-    torch.manual_seed(0)
-    mean, log_std = torch.randn(5, 3, 4), 0.5 * torch.randn(5, 3, 4) - 1
-    noise = torch.randn(7, 5, 1, 4)
-    action, log_prob = cup.squash(mean, log_std, noise)
-    assert (action.shape, log_prob.shape) == ((7, 5, 3, 4), (7, 5, 3))
-    torch.testing.assert_close(action, torch.tanh(mean + log_std.exp() * noise))
-    expected = tanh_gaussian(mean, log_std).log_prob(action)
-    torch.testing.assert_close(log_prob, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("pre_tanh", [-50.0, -12.0, 12.0, 50.0])
@@ -110,25 +92,6 @@ def test_kl_is_the_monte_carlo_kl_of_squashed_actions():
 
 
 # ---- expected advantage, Eqs. 2 and 4 ------------------------------------------------------------
-@pytest.mark.parametrize("alpha", [0.0, 0.2, torch.tensor(0.2)])
-def test_expected_advantage_against_a_loop(alpha: Tensor | float):
-    torch.manual_seed(0)
-    samples, batch, candidates = 3, 4, 5
-    q, log_prob = torch.randn(2, samples, batch, candidates)
-    advantage, value = cup.expected_advantage(q, log_prob, alpha)
-    assert (advantage.shape, value.shape) == ((batch, candidates), (batch,))
-    for b in range(batch):
-        soft_values = []
-        for c in range(candidates):
-            total = 0.0
-            for s in range(samples):
-                total += q[s, b, c].item() - float(alpha) * log_prob[s, b, c].item()
-            soft_values.append(total / samples)
-        assert value[b].item() == pytest.approx(soft_values[-1])
-        assert advantage[b].tolist() == pytest.approx([v - soft_values[-1] for v in soft_values])
-        assert advantage[b, -1] == 0  # the target policy's, exactly
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
 def test_expected_advantage_against_an_integral(alpha: float):
     """Many samples come to the integrals over a of pi(a) (Q(a) - alpha log pi(a)).
@@ -210,14 +173,7 @@ def frozen_agent(**changes) -> cup.Agent:
 
 
 def make_batch() -> cup.Batch:
-    """Random transitions."""
-    torch.manual_seed(2)
-    obs, next_obs = torch.randn(2, BATCH, OBS_DIM)
-    action = torch.rand(BATCH, ACTION_DIM) * 2 - 1
-    reward, terminated = torch.randn(BATCH), (torch.rand(BATCH) < 0.3).double()
-    source_mean, source_log_std = torch.randn(2, BATCH, NUM_SOURCES, ACTION_DIM)
-    source_log_std = source_log_std.clamp(-1.5, 0)
-    return cup.Batch(obs, next_obs, action, reward, terminated, source_mean, source_log_std)
+    return random_batch(BATCH, OBS_DIM, ACTION_DIM, NUM_SOURCES)
 
 
 def run_update(agent: cup.Agent, batch: cup.Batch) -> dict[str, Tensor]:
@@ -255,13 +211,8 @@ def guidance_by_hand(agent: cup.Agent, batch: cup.Batch, noise: Tensor) -> Simpl
         for m, s in zip(means, log_stds, strict=True):
             total = 0.0
             for eps in noise[:, b].tolist():
-                action, log_prob = [], 0.0
-                for d in range(ACTION_DIM):
-                    action.append(math.tanh(m[d] + math.exp(s[d]) * eps[d]))
-                    log_prob -= eps[d] ** 2 / 2 + s[d] + math.log(2 * math.pi) / 2
-                    log_prob -= math.log(1 - action[d] ** 2)
-                twins = agent.critic(batch.obs[b : b + 1], torch.tensor([action]))
-                total += min(twins.flatten().tolist()) - alpha * log_prob
+                action, log_prob = act(m, s, eps)
+                total += min(agent.critic(batch.obs[b], action).tolist()) - alpha * log_prob
             soft_values.append(total / len(noise))
         value = soft_values[-1]
         advantage = [v - value for v in soft_values]
@@ -280,25 +231,6 @@ def guidance_by_hand(agent: cup.Agent, batch: cup.Batch, noise: Tensor) -> Simpl
     return SimpleNamespace(**dict(zip(names, map(list, zip(*rows)))))
 
 
-def actor_gradient_by_hand(
-    agent: cup.Agent, batch: cup.Batch, noise: Tensor, beta: Tensor
-) -> list[Tensor]:
-    """Of L_CUP, Eq. 11, with everything about the guidance policy a given constant."""
-    hand = guidance_by_hand(agent, batch, noise)
-    std = torch.tensor(hand.guidance_log_std).exp()
-    guidance, alpha = Normal(torch.tensor(hand.guidance_mean), std), agent.log_alpha.exp().item()
-    mean, log_std = agent.actor(batch.obs)
-    target = Normal(mean, log_std.exp())
-    loss = (beta * torch_kl(target, guidance).sum(dim=1)).mean()
-    for eps in noise:
-        pre_tanh = mean + log_std.exp() * eps
-        action = torch.tanh(pre_tanh)
-        log_prob = (target.log_prob(pre_tanh) - torch.log(1 - action**2)).sum(dim=1)
-        q1, q2 = agent.critic(batch.obs, action)
-        loss = loss + (alpha * log_prob - torch.minimum(q1, q2)).mean() / len(noise)
-    return list(torch.autograd.grad(loss, list(agent.actor.parameters())))
-
-
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
@@ -306,8 +238,7 @@ def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
     agent, batch = frozen_agent(num_guidance_samples=samples, soft_advantage=soft), make_batch()
     info = run_update(agent, batch)
     hand = guidance_by_hand(agent, batch, noise_of_update(samples))
-    assert len(set(hand.guidance)) > 2  # sources and the target policy all win
-    assert NUM_SOURCES in hand.guidance
+    assert len(set(hand.guidance)) > 2 and NUM_SOURCES in hand.guidance  # all kinds win
     assert info["guidance"].tolist() == hand.guidance
     target_wins = info["guidance"] == NUM_SOURCES  # no pull there, exactly
     assert ((info["weight"] == 0) == target_wins).all()
@@ -328,22 +259,23 @@ def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
     assert all(info[name].shape == () for name in agent.metrics)
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_a_source_equal_to_the_target_policy_has_no_advantage(samples: int):
-    """All candidates get the same noise: policies make a difference, not luck."""
-    agent, batch = frozen_agent(num_guidance_samples=samples), make_batch()
-    with torch.no_grad():
-        dist = agent.actor(batch.obs)
-    copies = [x.unsqueeze(1).expand(-1, NUM_SOURCES, -1) for x in dist]
-    info = run_update(agent, cup.Batch(*batch[:5], *copies))
-    assert (info["advantage"].abs() < 1e-12).all()
-    assert (info["weight"].abs() < 1e-12).all()
-    tie = info["advantage"].amax(dim=1) == 0
-    assert tie.any()
-    assert (info["guidance"][tie] == NUM_SOURCES).all()
-
-
 # ---- what gets a gradient ------------------------------------------------------------------------
+def actor_gradient_by_hand(agent, batch, noise: Tensor, hand: SimpleNamespace) -> list[Tensor]:
+    """Of L_CUP, Eq. 11, with everything about the guidance policy a given constant."""
+    std = torch.tensor(hand.guidance_log_std).exp()
+    guidance, alpha = Normal(torch.tensor(hand.guidance_mean), std), agent.log_alpha.exp().item()
+    mean, log_std = agent.actor(batch.obs)
+    target = Normal(mean, log_std.exp())
+    loss = (torch.tensor(hand.weight) * torch_kl(target, guidance).sum(dim=1)).mean()
+    for eps in noise:
+        pre_tanh = mean + log_std.exp() * eps
+        action = torch.tanh(pre_tanh)
+        log_prob = (target.log_prob(pre_tanh) - torch.log(1 - action**2)).sum(dim=1)
+        q1, q2 = agent.critic(batch.obs, action)
+        loss = loss + (alpha * log_prob - torch.minimum(q1, q2)).mean() / len(noise)
+    return list(torch.autograd.grad(loss, list(agent.actor.parameters())))
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_actor_gradient_takes_beta_and_guidance_as_constants(samples: int):
     """The actor's gradient is that of Eq. 11 with beta_s a number."""
@@ -351,11 +283,11 @@ def test_actor_gradient_takes_beta_and_guidance_as_constants(samples: int):
     run_update(agent, batch)
     gradient = [p.grad.clone() for p in agent.actor.parameters()]
     noise = noise_of_update(samples)
-    beta = torch.tensor(guidance_by_hand(agent, batch, noise).weight)
-    expected = actor_gradient_by_hand(agent, batch, noise, beta)
+    hand = guidance_by_hand(agent, batch, noise)
+    expected = actor_gradient_by_hand(agent, batch, noise, hand)
     torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9)
-
-    without = actor_gradient_by_hand(agent, batch, noise, torch.zeros(BATCH))
+    hand.weight = [0.0] * BATCH
+    without = actor_gradient_by_hand(agent, batch, noise, hand)
     differences = [(a - b).abs().max() for a, b in zip(gradient, without, strict=True)]
     assert max(differences) > 0.01  # the guidance is no small part of it
 
@@ -365,7 +297,6 @@ def test_no_gradient_reaches_the_sources():
     agent, batch = frozen_agent(), make_batch()
     sources = [cup.Actor(OBS_DIM, ACTION_DIM, (8,)) for _ in range(NUM_SOURCES)]
     dist = torch.stack([torch.stack(source(batch.obs), dim=1) for source in sources], dim=1)
-    assert dist.requires_grad
     assert not cup.query_sources(sources, batch.obs, agent.args).requires_grad
     info = run_update(agent, cup.Batch(*batch[:5], *dist.unbind(2)))
     assert (info["guidance"] < NUM_SOURCES).any()  # some source did guide

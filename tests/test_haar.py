@@ -1,19 +1,12 @@
-"""HAAR: the equations of its two levels, its segments, runs, and a task for two skills."""
+"""HAAR: the equations of its two levels, its segments, and a task for two skills."""
 
-import math
-import signal
-import sys
-from pathlib import Path
-
-import pytest
 import torch
-from program import PENDULUM, finish, metrics, run_cup, same_result, started_run, weights
+from small_tasks import learn, score
 from torch import Tensor
 
 import cup
 from baselines import haar
 
-SCRIPT = Path(haar.__file__)
 OBS_DIM, ACTION_DIM, BATCH, NUM_ENVS = 5, 2, 32, 2
 
 
@@ -46,45 +39,16 @@ def same(before: list[Tensor], module: torch.nn.Module) -> bool:
     return all(map(torch.equal, before, module.state_dict().values()))
 
 
-# ---------------------------------------- equations ----------------------------------------
-
-
+# ---- equations -----------------------------------------------------------------------------------
 def test_advantages_telescope():
     """gamma_h = 1: over an episode the A_h sum to return + k V(end) - k V(start)."""
     torch.manual_seed(0)
     k, rewards, value = 5, torch.randn(8, 5), torch.randn(9)
-    advantage = k * haar.low_reward(rewards.mean(dim=1), torch.zeros(8), value[:-1], value[1:], 1.0)
-    torch.testing.assert_close(advantage.sum(), rewards.sum() + k * (value[-1] - value[0]))
-    end = torch.eye(8)[-1]  # after a termination V(end) = 0
-    advantage = k * haar.low_reward(rewards.mean(dim=1), end, value[:-1], value[1:], 1.0)
-    torch.testing.assert_close(advantage.sum(), rewards.sum() - k * value[0])
-
-
-def test_a_constant_value_only_shifts_the_low_reward():
-    """V_h = c: R / k - (1 - gamma_h) c."""
-    reward, value = torch.randn(8), torch.full((8,), 3.0)
-    shifted = haar.low_reward(reward, torch.zeros(8), value, value, 0.9)
-    torch.testing.assert_close(shifted, reward - 0.1 * 3.0)
-
-
-def test_high_value_is_the_mean_of_the_smaller_q():
-    log_prob, q = torch.randn(6, 3).log_softmax(dim=1), torch.randn(2, 6, 3)
-    value = haar.high_value(log_prob, q)
-    for i in range(6):
-        expected = sum(math.exp(log_prob[i, z]) * min(q[0, i, z], q[1, i, z]) for z in range(3))
-        torch.testing.assert_close(value[i], expected)
-    alone = torch.zeros(6, 1)  # one skill: log pi_h = 0
-    torch.testing.assert_close(haar.high_value(alone, q[:, :, :1]), q[:, :, 0].amin(dim=0))
-
-
-def test_with_one_skill_the_high_value_is_the_smaller_q():
-    agent = make_agent(num_skills=1)
-    steps = make_steps(num_skills=1)
-    q = agent.high_critic(steps.first.expand(2, -1, -1)).detach()
-    info = agent.update(steps)
-    torch.testing.assert_close(info["high/value"], q.amin(dim=0).mean())
-    assert info["high/entropy"] == 0 and info["high/alpha"] == 1
-    assert info["skill/selected/skill-0"] == 1
+    for end in (0.0, 1.0):  # after a termination V(end) = 0
+        terminated = end * torch.eye(8)[-1]
+        low = haar.low_reward(rewards.mean(dim=1), terminated, value[:-1], value[1:], 1.0)
+        expected = rewards.sum() + k * ((1 - end) * value[-1] - value[0])
+        torch.testing.assert_close(k * low.sum(), expected)
 
 
 def test_losses_of_the_high_level():
@@ -134,9 +98,7 @@ def test_the_low_level_is_sac_on_states_with_skills(monkeypatch):
         assert torch.equal(batch.next_obs[i], torch.cat([steps.next_obs[i], torch.eye(3)[next_z]]))
 
 
-# ---------------------------------------- the actor ----------------------------------------
-
-
+# ---- the actor -----------------------------------------------------------------------------------
 def test_skills_begin_as_the_sources():
     """Also after `standardize`, which shows them what the sources ignored (scale 0)."""
     torch.manual_seed(0)
@@ -207,9 +169,7 @@ def test_a_skill_lasts_k_steps():
     assert torch.equal(agent.z[50:], chosen[5][50:])
 
 
-# ---------------------------------------- segments ----------------------------------------
-
-
+# ---- segments ------------------------------------------------------------------------------------
 def test_segments_of_two_environments():
     """k = 3. The first is cut by a time limit after four steps, the second terminates after two."""
     agent = make_agent(k=3, num_envs=2)
@@ -247,25 +207,25 @@ def test_segments_of_two_environments():
     assert batch.z.dtype == torch.int64 and batch.mean_reward.shape == (64,)
 
 
-# ---------------------------------------- a small task ----------------------------------------
+# ---- a small task --------------------------------------------------------------------------------
 
 # A point in the plane fetches a key on the right, then opens a door on the left; the state is
 # where it is and whether it has the key. One source goes to the key, one to the door.
 KEY, DOOR = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
-EPISODE, ENVS = 40, 16
 
 
-def first_states(number: int) -> Tensor:
+def near_the_middle(number: int) -> Tensor:
     return torch.cat([0.6 * torch.rand(number, 2) - 0.3, torch.zeros(number, 1)], dim=1)
 
 
-def move(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    """The next state, and the reward: how far the next aim is, less 2 without the key."""
+def move(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The next state, the reward (how far the next aim is, less 2 without the key), no end."""
     position = state[:, :2] + 0.1 * action
     to_key, to_door = (position - KEY).norm(dim=1), (position - DOOR).norm(dim=1)
     has_key = (state[:, 2] == 1) | (to_key < 0.3)
     reward = torch.where(has_key, -to_door, -2 - to_key)
-    return torch.cat([position, has_key.float().unsqueeze(1)], dim=1), reward
+    state = torch.cat([position, has_key.float().unsqueeze(1)], dim=1)
+    return state, reward, torch.zeros(len(state))
 
 
 def go_to(aim: Tensor, speed: float) -> cup.Actor:
@@ -279,92 +239,26 @@ def go_to(aim: Tensor, speed: float) -> cup.Actor:
     return actor.requires_grad_(False)
 
 
-@torch.no_grad()
-def evaluate(policy) -> float:
-    """Mean reward per step, without noise."""
-    torch.manual_seed(1000)  # the same first states for all
-    state, total = first_states(100), 0.0
-    for _ in range(EPISODE):
-        state, reward = move(state, torch.tanh(policy(state)[0]))
-        total += reward.mean().item()
-    return total / EPISODE
-
-
-def learn(agent: cup.Agent, updates: int) -> float:
-    for t in range(EPISODE + updates):
-        if t % EPISODE == 0:
-            obs = first_states(ENVS)
-        action = agent.act(obs, [t % EPISODE] * ENVS)
-        if t < EPISODE:
-            action = 2 * torch.rand_like(action) - 1
-        next_obs, reward = move(obs, action)
-        agent.store(obs, action, next_obs, reward, torch.zeros(ENVS))
-        obs = next_obs
-        if t == EPISODE - 1:
-            agent.standardize()
-        if t >= EPISODE:
-            agent.update(agent.buffer.sample(128), guide=t > EPISODE + 150)
-    return evaluate(agent.actor)
-
-
 def test_two_skills_do_what_neither_does_alone():
     """Most of what the better one leaves to gain, whether the skills learn or are frozen.
 
     SAC, in as many updates, is behind the better source.
     """
     sources = {"key": go_to(KEY, 3.0), "door": go_to(DOOR, 3.0)}
-    alone = max(evaluate(source) for source in sources.values())
 
     def both(state: Tensor):
         choice = zip(sources["key"](state), sources["door"](state), strict=True)
         return [torch.where(state[:, 2:] == 1, door, key) for key, door in choice]
 
+    task = {"first_states": near_the_middle, "step": move}
+    alone = max(score(source, **task) for source in sources.values())
     rates = {"policy_lr": 3e-3, "q_lr": 3e-3, "tau": 0.02, "gamma": 0.95, "gamma_h": 0.8}
-    sizes = {"k": 5, "num_envs": ENVS, "buffer_size": 20_000, "hidden_sizes": (32, 32)}
+    sizes = {"k": 5, "num_envs": 16, "buffer_size": 20_000, "hidden_sizes": (32, 32)}
+    task |= {"updates": 250, "guidance_starts": 150, "standardize": True}
     for freeze_skills in (True, False):
         torch.manual_seed(1)
         args = make_args(freeze_skills=freeze_skills, **rates, **sizes)
-        learnt = learn(haar.HAAR(args, 3, 2, sources), updates=250)
-        assert learnt > alone + (evaluate(both) - alone) / 2
+        learnt = learn(haar.HAAR(args, 3, 2, sources), **task)
+        assert learnt > alone + (score(both, near_the_middle, move) - alone) / 2
     torch.manual_seed(1)
-    assert learn(cup.Agent(args, 3, 2, {}), updates=250) < alone
-
-
-# ---------------------------------------- the program ----------------------------------------
-
-ARGUMENTS = "--learning-starts 40 --k 7 --guidance-starts 200 --total-timesteps 600"
-ARGUMENTS = [*PENDULUM, *ARGUMENTS.split()]
-
-
-def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path):
-    """Killed in the middle of segments, which do not divide an episode's 200 steps."""
-    unbroken = run_cup(*ARGUMENTS, "--run-dir", tmp_path / "unbroken", script=SCRIPT)
-    assert unbroken.returncode == 0, unbroken.stderr
-    killed = started_run(tmp_path / "killed", *ARGUMENTS, script=SCRIPT)
-    killed.send_signal(signal.SIGKILL)
-    finish(killed)
-    again = [*ARGUMENTS, "--run-dir", tmp_path / "killed", "--resume"]
-    resumed = run_cup(*again, script=SCRIPT)
-    assert resumed.returncode == 0, resumed.stderr
-    assert same_result(tmp_path / "unbroken", tmp_path / "killed")
-    rows = metrics(tmp_path / "unbroken")
-    assert rows[-1]["step"] == "600"
-    for column in ("loss/critic", "loss/high_critic", "low/reward", "skill/selected/random-2"):
-        assert rows[5][column] != ""
-    policy = weights(tmp_path / "unbroken")
-    assert {"net.4.bias", "skills.0.net.0.weight", "skills.1.net.4.bias"} <= set(policy)
-    with pytest.raises(cup.UserError, match="not a policy file"):
-        cup.load_policy(tmp_path / "unbroken" / "policy.pt")
-
-
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [("--sources", "HAAR's skills"), ("--k 0", "--k is out"), ("--gamma-h 1.5", "must not exceed"),
-     ("--k 2000", "--learning-starts must")],
-)
-def test_bad_input_is_one_sentence(arguments: str, complaint: str, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["haar.py", "--env-id", "Pendulum-v1", *arguments.split()])
-    with pytest.raises(SystemExit) as stop:
-        cup.main(haar.Args, haar.HAAR)
-    assert stop.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert learn(cup.Agent(args, 3, 2, {}), **task) < alone

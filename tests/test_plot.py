@@ -12,25 +12,30 @@ import pytest
 pytest.importorskip("matplotlib")
 from benchmark import plot
 
-TITLES = "task method seeds steps success returns final best half".split()
 RUNS = {"cup": "CUP", "sac": "SAC", "ptf": "PTF", "ratio": "CUP / SAC"}
 
 
-def run_of(env_id, method, seed, evaluations) -> list[dict]:
+def run_of(method, seed, *evaluations) -> list[dict]:
     """evaluations: (success rate, return) at 100, 200, ... steps."""
-    rows = []
+    rows, about = [], {"env_id": "hammer-v2", "method": method, "seed": str(seed)}
     for number, (success, score) in enumerate(evaluations, start=1):
-        row = {"env_id": env_id, "method": method, "seed": str(seed), "step": str(100 * number)}
-        rows.append(row | {"success_rate": str(success), "return": str(score)})
+        row = {"step": str(100 * number), "success_rate": str(success), "return": str(score)}
+        rows.append(about | row)
     return rows
 
 
-def hammer(rows: list[dict], method: str) -> dict[str, str]:
-    """The line of the table on hammer and this method, by column."""
-    text = plot.table({task: plot.read_curves(rows, task) for task in plot.TASKS})
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines()]
+def table_of(rows: list[dict]) -> str:
+    return plot.table({task: plot.read_curves(rows, task) for task in plot.TASKS})
+
+
+def hammer(rows: list[dict], method: str) -> list[str]:
+    """The line of the table on hammer and this method.
+
+    Seeds, steps, areas under success and return, final and best success, steps to half of it.
+    """
+    lines = [line.strip("| ").split(" | ") for line in table_of(rows).splitlines()]
     (line,) = [line for line in lines if line[:2] == ["hammer-v2", RUNS[method]]]
-    return dict(zip(TITLES, line, strict=True))
+    return line[2:]
 
 
 def area(heights) -> float:
@@ -41,27 +46,19 @@ def area(heights) -> float:
 def test_table_of_one_seed():
     cup = [(0.0, 10), (0.6, 40), (0.9, 100), (0.7, 90)]
     sac = [(0.0, 20), (0.0, 30), (0.5, 25), (0.2, 20)]
-    rows = run_of("hammer-v2", "cup", 1, cup) + run_of("hammer-v2", "sac", 1, sac)
-    success, returns = ([e[k] for e in cup] for k in (0, 1))
-    expected = ["1", "400", f"{100 * area(success):.1f}", f"{area(returns):.0f}"]
-    assert [*hammer(rows, "cup").values()][2:] == [*expected, "70", "90", "200"]
-    ratio = hammer(rows, "ratio")
-    of_success = area([e[0] for e in cup]) / area([e[0] for e in sac])
-    of_return = area([e[1] for e in cup]) / area([e[1] for e in sac])
-    assert ratio["success"] == f"{of_success:.2f}"
-    assert ratio["returns"] == f"{of_return:.2f}, CUP ahead at 1 of 1 seeds"
-    assert [ratio[name] for name in ("final", "best", "half")] == ["3.50", "1.80", "0.67"]
-    assert "| shelf-place-v2 | not run yet |" in plot.table(
-        {task: plot.read_curves(rows, task) for task in plot.TASKS}
-    )
+    rows = run_of("cup", 1, *cup) + run_of("sac", 1, *sac)
+    success, returns = (area([e[k] for e in cup]) for k in (0, 1))
+    expected = ["1", "400", f"{100 * success:.1f}", f"{returns:.0f}", "70", "90", "200"]
+    assert hammer(rows, "cup") == expected
+    ratios = [f"{success / area([e[0] for e in sac]):.2f}"]
+    ratios += [f"{returns / area([e[1] for e in sac]):.2f}, CUP ahead at 1 of 1 seeds"]
+    assert hammer(rows, "ratio")[2:] == [*ratios, "3.50", "1.80", "0.67"]
+    assert "| shelf-place-v2 | not run yet |" in table_of(rows)
 
 
 def test_a_ratio_to_almost_nothing_is_not_spelt_out():
-    rows = run_of("hammer-v2", "cup", 1, [(0.0, 50), (0.0, 50)])
-    rows += run_of("hammer-v2", "sac", 1, [(0.0, 0.001), (0.0, 0.001)])
-    ratio = hammer(rows, "ratio")
-    assert ratio["success"] == "–"
-    assert ratio["returns"] == "over 100, CUP ahead at 1 of 1 seeds"
+    rows = run_of("cup", 1, (0.0, 50), (0.0, 50)) + run_of("sac", 1, (0.0, 0.001), (0.0, 0.001))
+    assert hammer(rows, "ratio")[2:4] == ["–", "over 100, CUP ahead at 1 of 1 seeds"]
 
 
 def test_cup_and_sac_are_compared_at_equal_steps():
@@ -69,23 +66,22 @@ def test_cup_and_sac_are_compared_at_equal_steps():
 
     A method beside them is cut there as well, and one that is shorter is no reason to cut them.
     """
-    rows = run_of("hammer-v2", "cup", 1, [(0.0, 10), (0.2, 30)])
-    rows += run_of("hammer-v2", "sac", 1, [(0.0, 10), (0.1, 20), (0.8, 900), (1, 999)])
-    sac = [*hammer(rows, "sac").values()]
-    assert sac[3:] == ["200", "5.0", "15", "10", "10", "never"]
-    longer = run_of("hammer-v2", "ptf", 1, [(0.0, 10), (0.1, 30), (0.8, 900)])
-    assert [*hammer(rows + longer, "ptf").values()][3:6] == ["200", "5.0", "20"]
-    shorter = run_of("hammer-v2", "ptf", 1, [(0.0, 10)])
-    assert [*hammer(rows + shorter, "ptf").values()][3:6] == ["100", "0.0", "10"]
-    assert [*hammer(rows + shorter, "sac").values()] == sac
+    rows = run_of("cup", 1, (0.0, 10), (0.2, 30))
+    rows += run_of("sac", 1, (0.0, 10), (0.1, 20), (0.8, 900), (1, 999))
+    sac = hammer(rows, "sac")
+    assert sac[1:] == ["200", "5.0", "15", "10", "10", "never"]
+    longer = rows + run_of("ptf", 1, (0.0, 10), (0.1, 30), (0.8, 900))
+    assert hammer(longer, "ptf")[1:4] == ["200", "5.0", "20"]
+    shorter = rows + run_of("ptf", 1, (0.0, 10))
+    assert hammer(shorter, "ptf")[1:4] == ["100", "0.0", "10"]
+    assert hammer(shorter, "sac") == sac
 
 
 def test_a_seed_on_its_way_is_left_out_until_it_is_there():
-    rows = run_of("hammer-v2", "cup", 2, [(1.0, 1000), (1.0, 1000)])
+    rows = run_of("cup", 2, (1.0, 1000), (1.0, 1000))
     for method in ("cup", "sac"):
-        rows += run_of("hammer-v2", method, 1, [(0.0, 10), (0.5, 20), (0.5, 30)])
-    expected = ["1", "300", "37.5", "20", "50", "50", "200"]
-    assert [*hammer(rows, "cup").values()][2:] == expected
+        rows += run_of(method, 1, (0.0, 10), (0.5, 20), (0.5, 30))
+    assert hammer(rows, "cup") == ["1", "300", "37.5", "20", "50", "50", "200"]
 
 
 def test_a_seed_that_went_further_waits_for_the_others():
@@ -93,28 +89,26 @@ def test_a_seed_that_went_further_waits_for_the_others():
     rows = []
     for method in ("cup", "sac"):
         for seed in (1, 2):
-            rows += run_of("hammer-v2", method, seed, [(0.0, 10), (0.5, 30)])
-        rows += run_of("hammer-v2", method, 3, [(0.0, 10), (0.2, 30), (0.9, 900)])
-    cup = hammer(rows, "cup")
-    assert (cup["seeds"], cup["steps"]) == ("3", "200")
-    assert cup["returns"].startswith("20 ")
+            rows += run_of(method, seed, (0.0, 10), (0.5, 30))
+        rows += run_of(method, 3, (0.0, 10), (0.2, 30), (0.9, 900))
+    seeds, steps, _, returns, *_ = hammer(rows, "cup")
+    assert (seeds, steps, returns.split()[0]) == ("3", "200", "20")
 
 
 def test_intervals_are_those_of_the_mean_over_seeds():
     """Against a bootstrap by hand; both are random, hence the tolerance."""
     areas, rows = {1: 100.0, 2: 160.0, 3: 400.0}, []
     for seed, height in areas.items():
-        rows += run_of("hammer-v2", "cup", seed, [(0, height), (0, height)])
-        ahead = height - 20 if seed < 3 else height + 20
-        rows += run_of("hammer-v2", "sac", seed, [(0, ahead), (0, ahead)])
-    cup = hammer(rows, "cup")
-    middle, low, high = cup["returns"].replace("[", "").replace("]", "").split()
+        rows += run_of("cup", seed, (0, height), (0, height))
+        sac = height - 20 if seed < 3 else height + 20
+        rows += run_of("sac", seed, (0, sac), (0, sac))
+    middle, low, high = hammer(rows, "cup")[3].replace("[", "").replace("]", "").split()
     rng = random.Random(0)
     means = sorted(mean(rng.choices(list(areas.values()), k=3)) for _ in range(20_000))
-    assert cup["seeds"] == "3" and middle == "220"
+    assert middle == "220"
     assert float(low.rstrip(",")) == pytest.approx(means[500], rel=0.05)
     assert float(high) == pytest.approx(means[-500], rel=0.05)
-    assert hammer(rows, "ratio")["returns"].endswith("CUP ahead at 2 of 3 seeds")
+    assert hammer(rows, "ratio")[3].endswith("CUP ahead at 2 of 3 seeds")
 
 
 def test_tuning_table():
@@ -138,9 +132,8 @@ def write(path: Path, rows: list[dict]) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
-    rows = run_of("push-wall-v2", "cup", 1, [(0.0, 10), (0.2, 30)])
-    rows += run_of("push-wall-v2", "ptf", 1, [(0.0, 10)])
-    rows += run_of("push-wall-v2", "another", 1, [(0.0, 10)])
+    rows = run_of("cup", 1, (0.0, 10), (0.2, 30))
+    rows += run_of("ptf", 1, (0.0, 10)) + run_of("another", 1, (0.0, 10))
     write(tmp_path / "transfer.csv", rows)
     rows, candidates = [], (("reach-v2", 0.25), ("my-own", 0.25), ("target", 0.5))
     for seed, step in (1, 1000), (1, 2000), (2, 1000):  # seed 2 is on its way

@@ -1,21 +1,16 @@
-"""PTF: the equations of its options, what is SAC and what is not, runs, and two small tasks."""
-
-import signal
-import sys
-from pathlib import Path
+"""PTF: the equations of its options, what is SAC and what is not, and two small tasks."""
 
 import pytest
 import torch
-from program import PENDULUM, finish, metrics, run_cup, same_result, started_run
-from test_learning import EPISODE, NUM_ENVS, evaluate, first_states, pilot, step
+from by_hand import random_batch
+from small_tasks import LEARNING, NUM_ENVS, learn, pilot, score, what_is_learnt
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 import cup
 from baselines import ptf
 
-SCRIPT = Path(ptf.__file__)
-OBS_DIM, ACTION_DIM, BATCH, GAMMA = 5, 4, 16, 0.9
+OBS_DIM, ACTION_DIM, BATCH, GAMMA = 4, 4, 16, 0.9
 
 
 def make_args(**changes) -> ptf.Args:
@@ -36,12 +31,10 @@ def make_agent(num_sources: int = 3, **changes) -> ptf.PTF:
 
 
 def make_batch(agent: ptf.PTF, active: int = -1) -> tuple[cup.Batch, Tensor]:
-    """Random transitions, the first of which terminates, with the same option active in all."""
-    obs, next_obs = torch.randn(2, BATCH, OBS_DIM)
-    action, reward = torch.rand(BATCH, ACTION_DIM) * 2 - 1, torch.randn(BATCH)
-    terminated = (torch.arange(BATCH) == 0).float()
-    source_dist = cup.query_sources(agent.sources.values(), obs, agent.args).unbind(2)
-    batch = cup.Batch(obs, next_obs, action, reward, terminated, *source_dist)
+    """Random transitions with the same option active in all."""
+    batch = random_batch(BATCH, OBS_DIM, ACTION_DIM)
+    mean, log_std = cup.query_sources(agent.sources.values(), batch.obs, agent.args).unbind(2)
+    batch = batch._replace(source_mean=mean, source_log_std=log_std)
     return batch, torch.full((BATCH,), active)
 
 
@@ -53,9 +46,7 @@ def set_termination(agent: ptf.PTF, logit: float) -> None:
         layer.bias[num_options:] = logit
 
 
-# ---------------------------------------- the options ----------------------------------------
-
-
+# ---- the options ---------------------------------------------------------------------------------
 def solve(reward: Tensor, follow: Tensor, termination: float, steps: int = 400) -> Tensor:
     """Iterate `option_target` in a table: the values Q_o(s), (states, n)."""
     value = torch.zeros_like(reward)
@@ -72,30 +63,24 @@ def solve(reward: Tensor, follow: Tensor, termination: float, steps: int = 400) 
     return value
 
 
-def test_an_option_that_never_ends_has_the_value_of_its_policy():
-    """beta = 0 in a table of 4 states and 2 options: (1 - gamma P_o)^-1 r_o."""
+def test_option_values_in_a_table():
+    """4 states and 2 options: those that never end have the value of their policy, (1 - gamma
+    P_o)^-1 r_o; those that end at once Q-learning's, here from all 16 policies over options.
+    """
     torch.manual_seed(0)
     reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))
-    value = solve(reward, follow, termination=0.0)
-    for option in range(2):
-        transition = torch.eye(4)[follow[:, option]]
-        exact = torch.linalg.solve(torch.eye(4) - GAMMA * transition, reward[:, option])
-        torch.testing.assert_close(value[:, option], exact, atol=1e-4, rtol=1e-4)
 
-
-def test_an_option_that_ends_at_once_is_followed_by_the_best():
-    """beta = 1 in the same table: Q-learning's values, here from all 16 policies over options."""
-    torch.manual_seed(0)
-    reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))
-    best = torch.full((4,), -torch.inf)
-    for number in range(16):
-        choice = torch.tensor([number >> state & 1 for state in range(4)])
+    def value_of(choice: Tensor) -> Tensor:
         row = torch.arange(4)
         matrix = torch.eye(4) - GAMMA * torch.eye(4)[follow[row, choice]]
-        best = torch.maximum(best, torch.linalg.solve(matrix, reward[row, choice]))
+        return torch.linalg.solve(matrix, reward[row, choice])
+
+    alone = torch.stack([value_of(torch.full((4,), option)) for option in range(2)], dim=1)
+    torch.testing.assert_close(solve(reward, follow, 0.0), alone, atol=1e-4, rtol=1e-4)
+    choices = [torch.tensor([number >> state & 1 for state in range(4)]) for number in range(16)]
+    best = torch.stack([value_of(choice) for choice in choices]).amax(dim=0)
     exact = reward + GAMMA * best[follow]
-    value = solve(reward, follow, termination=1.0)
-    torch.testing.assert_close(value, exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(solve(reward, follow, 1.0), exact, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("termination", [0.0, 0.3, 1.0])
@@ -131,8 +116,7 @@ def test_a_source_is_compatible_with_a_fifth_of_its_own_actions():
     action, _ = cup.squash(mean[:, 0], log_std[:, 0], torch.randn(20_000, 4))
     share = ptf.is_compatible(action, mean, log_std).float().mean()
     assert share.item() == pytest.approx(0.683**4, abs=0.01)
-    at_the_mean = ptf.is_compatible(torch.tanh(mean[:, 0]), mean, log_std)
-    assert at_the_mean.all()
+    assert ptf.is_compatible(torch.tanh(mean[:, 0]), mean, log_std).all()
 
 
 def test_only_compatible_and_active_options_learn():
@@ -188,44 +172,18 @@ def test_options_are_chosen_greedily_ever_more_often(episodes: int, share: float
     assert (agent.active == best).float().mean().item() == pytest.approx(expected, abs=0.03)
 
 
-# ---------------------------------------- the policy ----------------------------------------
-
-
-def run_updates(agent: cup.Agent, num: int = 12) -> list[Tensor]:
-    """Act, store and learn with made-up observations; what was done and what was learned."""
-    torch.manual_seed(5)
-    outcome, obs = [], torch.randn(2, OBS_DIM)
-    for t in range(num):
-        action = agent.act(obs, [t % 4] * 2)
-        next_obs = torch.randn(2, OBS_DIM)
-        agent.store(obs, action, next_obs, torch.randn(2), torch.zeros(2))
-        obs = next_obs
-        if t == 3:
-            agent.standardize()
-        if t > 3:
-            agent.update(agent.buffer.sample(8))
-        outcome.append(action)
-    modules = agent.actor, agent.critic, agent.target_critic
-    return outcome + [p for m in modules for p in m.parameters()] + [agent.log_alpha]
-
-
-def test_without_imitation_it_is_sac_bit_for_bit():
+# ---- the policy ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("c", "guidance_starts", "is_sac"), [(0.0, 0, True), (1.0, 10, True), (1.0, 0, False)]
+)
+def test_without_imitation_it_is_sac_bit_for_bit(c: float, guidance_starts: int, is_sac: bool):
     torch.manual_seed(0)
-    sac = cup.Agent(make_args(sources=("none",)), OBS_DIM, ACTION_DIM, {})
-    agent = make_agent(c=0.0)
+    args = make_args(sources=("none",), num_envs=NUM_ENVS)
+    sac, agent = cup.Agent(args, OBS_DIM, ACTION_DIM, {}), make_agent(c=c, num_envs=NUM_ENVS)
     before = [p.clone() for p in agent.options.parameters()]
-    assert all(map(torch.equal, run_updates(sac), run_updates(agent)))
-    assert not any(map(torch.equal, before, agent.options.parameters()))  # yet they learn
-    imitating = run_updates(make_agent(c=1.0))
-    assert not all(map(torch.equal, run_updates(make_agent(c=0.0)), imitating))
-
-
-def test_before_the_guidance_starts_it_is_sac():
-    agents = make_agent(c=0.0), make_agent(c=5.0)
-    for agent in agents:
-        torch.manual_seed(3)
-        agent.update(make_batch(agent), guide=False)
-    assert all(map(torch.equal, *(agent.actor.parameters() for agent in agents)))
+    learnt = what_is_learnt(agent, updates=10, guidance_starts=guidance_starts)
+    assert all(map(torch.equal, learnt, what_is_learnt(sac, updates=10))) == is_sac
+    assert not any(map(torch.equal, before, agent.options.parameters()))  # they learn anyway
 
 
 def test_the_imitation_is_the_weighted_kl_from_the_best_option():
@@ -262,9 +220,7 @@ def test_the_policy_does_not_teach_the_options():
     assert not all(map(torch.equal, *(agent.actor.parameters() for agent in agents)))
 
 
-# ---------------------------------------- small tasks ----------------------------------------
-
-
+# ---- small tasks ---------------------------------------------------------------------------------
 def test_options_learn_which_source_is_good():
     """On a line with its goal in the middle, from random actions: one source goes home, one away.
 
@@ -287,63 +243,15 @@ def test_options_learn_which_source_is_good():
     assert (value[:, 1] > value[:, 0] + 0.1).all()
 
 
-def learn(seed: int, c: float) -> float:
-    """Mean reward per step on the task of test_learning.py after few updates, without noise."""
+def learn_from_pilot(seed: int, c: float) -> float:
     torch.manual_seed(seed)
-    learning = {"gamma": 0.95, "policy_lr": 1e-3, "q_lr": 1e-3, "hidden_sizes": (64, 64)}
-    args = make_args(c=c, seed=seed, num_envs=NUM_ENVS, buffer_size=20_000, **learning)
-    agent = ptf.PTF(args, 4, 4, {"pilot": pilot})
-    for t in range(200):
-        if t % EPISODE == 0:
-            obs = first_states(NUM_ENVS)
-        action = agent.act(obs, [t % EPISODE] * NUM_ENVS)
-        if t < EPISODE:
-            action = 2 * torch.rand_like(action) - 1
-        next_obs, reward = step(obs, action)
-        agent.store(obs, action, next_obs, reward, torch.zeros(NUM_ENVS))
-        obs = next_obs
-        if t >= EPISODE:
-            agent.update(agent.buffer.sample(128))
-    return evaluate(agent.actor)
+    agent = ptf.PTF(ptf.Args(env_id="none", c=c, seed=seed, **LEARNING), 4, 4, {"pilot": pilot})
+    return learn(agent, updates=160)
 
 
 def test_a_good_source_helps():
     """By more than half of what is left to gain without imitation."""
-    best = evaluate(pilot)
+    best = score(pilot)
     for seed in range(2):
-        assert best - learn(seed, c=1.0) < (best - learn(seed, c=0.0)) / 2
-
-
-# ---------------------------------------- the program ----------------------------------------
-
-
-def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path):
-    """And the run logs what PTF alone has, from the first updates on."""
-    arguments = [*PENDULUM, "--guidance-starts", "200", "--total-timesteps", "600"]
-    unbroken = run_cup(*arguments, "--run-dir", tmp_path / "unbroken", script=SCRIPT)
-    assert unbroken.returncode == 0, unbroken.stderr
-    killed = started_run(tmp_path / "killed", *arguments, script=SCRIPT)
-    killed.send_signal(signal.SIGKILL)
-    finish(killed)
-    again = [*arguments, "--run-dir", tmp_path / "killed", "--resume"]
-    resumed = run_cup(*again, script=SCRIPT)
-    assert resumed.returncode == 0, resumed.stderr
-    assert same_result(tmp_path / "unbroken", tmp_path / "killed")
-    rows = metrics(tmp_path / "unbroken")
-    assert rows[-1]["step"] == "600"
-    assert float(rows[-1]["guidance/weight"]) > 0 == float(rows[5]["guidance/weight"] or 0)
-    for column in ("loss/option", "option/match/random-1", "guidance/selected/random-2"):
-        assert rows[5][column] != ""
-    assert cup.load_policy(tmp_path / "unbroken" / "policy.pt").obs_dim == 3  # a source for others
-
-
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [("--sources", "PTF imitates"), ("--c -1", "--c is out of range"), ("--xi -1", "--xi is out")],
-)
-def test_bad_input_is_one_sentence(arguments: str, complaint: str, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ptf.py", "--env-id", "Pendulum-v1", *arguments.split()])
-    with pytest.raises(SystemExit) as stop:
-        cup.main(ptf.Args, ptf.PTF)
-    assert stop.value.code == 2
-    assert complaint in capsys.readouterr().err
+        without = best - learn_from_pilot(seed, c=0.0)
+        assert best - learn_from_pilot(seed, c=1.0) < without / 2

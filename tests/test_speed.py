@@ -18,15 +18,15 @@ def rows_of(run: str, **values: list[float]) -> list[dict[str, str]]:
 def test_the_table_has_medians_and_ratios_within_a_run():
     rows = rows_of("first", cup_0=[90, 100, 300], cup_3=[80], sb3=[50, 40, 60])
     rows += rows_of("second", cup_0=[10], cup_0_compiled=[30], cup_3_compiled=[20], sb3=[20])
-    lines = [line.strip("| ").split(" | ") for line in speed.table(rows).splitlines()]
-    found = {line[0]: line[1:] for line in (list(map(str.strip, line)) for line in lines)}
+    lines = [line.strip("|\n").split("|") for line in speed.table(rows).splitlines()]
+    found = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
     assert found["run"] == ["first", "second"]
     assert found["cup-0, steps/s"] == ["100", "10"]
     assert found["cup-0 ÷ sb3"] == ["2.00", "0.50"]
-    assert found["cup-3 ÷ sb3"][0] == "1.60"
-    assert found["cup-3 ÷ cup-0"][0] == "0.80"
-    assert found["cup-0-compiled ÷ sb3"][-1] == "1.50"
-    assert found["cup-3-compiled ÷ cup-0-compiled"][-1] == "0.67"
+    assert found["cup-3 ÷ sb3"] == ["1.60", ""]
+    assert found["cup-3 ÷ cup-0"] == ["0.80", ""]
+    assert found["cup-0-compiled ÷ sb3"] == ["", "1.50"]
+    assert found["cup-3-compiled ÷ cup-0-compiled"] == ["", "0.67"]
     assert not any("sbx" in name or "products" in name for name in found)
 
 
@@ -42,14 +42,8 @@ def test_every_measurement_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     speed.main()
     rows = read_csv(tmp_path / "speed.csv")
-    assert [row["what"] for row in rows] == ["products", "study-1"]
-    assert [row["unit"] for row in rows] == ["ms", "steps/s"]
+    assert [(row["what"], row["unit"]) for row in rows] == [
+        ("products", "ms"), ("study-1", "steps/s")
+    ]
     assert all(float(row["value"]) > 0 and row["machine"].endswith("cores") for row in rows)
     assert "| products, ms |" in (tmp_path / "speed.md").read_text()
-
-
-def test_an_update_is_timed_in_this_process(monkeypatch):
-    calls = []
-    monkeypatch.setattr(speed.cup.Agent, "update", lambda self, batch: calls.append(len(batch.obs)))
-    assert 0 < speed.update_time(3, compiled=False) < 1000
-    assert calls == [256] * 220

@@ -151,14 +151,6 @@ def test_theorem_1_is_tight(gamma: float):
     assert 0.999 * 2 * epsilon / (1 - gamma) < loss <= 2 * epsilon / (1 - gamma)
 
 
-def test_ties_go_to_the_target_policy():
-    """Candidates that are all alike: the target policy remains its own guidance."""
-    rng = np.random.default_rng(0)
-    urns = np.repeat(random_urns(rng)[:, :, -1:], SOURCES + 1, axis=2)
-    _, q = random_mdp(rng, 0.1).values(probabilities(urns)[:, -1])
-    assert (cup.guidance_policy(advantage_in_cup(urns, q, alpha=0.1)) == SOURCES).all()
-
-
 # ---- Theorem 2 -----------------------------------------------------------------------------------
 def near(policy: np.ndarray, delta: float, rng: np.random.Generator) -> np.ndarray:
     """A policy in a random direction from `policy`, delta nats away, or all the way."""

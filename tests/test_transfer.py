@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import transfer
+from program import finish, start_cup
 
 SCRIPT = Path(transfer.__file__)
 # starts or goes on like cup.py --resume, one row of metrics.csv each 50 ms
@@ -50,16 +50,17 @@ def start(tmp_path):
     for name in ("reach-v2", "push-v2", "pick-place-v2"):
         (tmp_path / "sources" / f"{name}.pt").touch()
 
-    def start(arguments: str, wait=True, **environment):
-        command = [sys.executable, "benchmark/transfer.py", *arguments.split()]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        options["env"] = os.environ | environment
-        process = subprocess.Popen(command, cwd=tmp_path, **options)
-        if wait:
-            process.out, process.err = process.communicate(timeout=60)
-        return process
+    def start(arguments: str, **environment) -> subprocess.Popen:
+        options = {"script": "benchmark/transfer.py", "cwd": tmp_path}
+        return start_cup(*arguments.split(), environment=environment, **options)
 
     return start
+
+
+@pytest.fixture
+def call(start):
+    """The same, to its end."""
+    return lambda *arguments, **environment: finish(start(*arguments, **environment))
 
 
 def wait_for(text: str, path: Path) -> None:
@@ -70,23 +71,10 @@ def wait_for(text: str, path: Path) -> None:
         time.sleep(0.05)
 
 
-def write_run(folder: Path, rows: list[dict], **settings) -> None:
-    folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"args": settings}))
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in rows for k in r)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def row(step, **values):
-    columns = ["time/seconds", "train/success_rate", "eval/success_rate", "eval/return"]
-    return {"step": step} | dict.fromkeys(columns, "1") | values
-
-
-def test_list_prints_every_command_first_seeds_first(start):
+# ---- commands ------------------------------------------------------------------------------------
+def test_list_prints_every_command_first_seeds_first(call):
     flags = "--tasks a-v2 b-v2 --seeds 1 2 --methods cup sac ptf --total-timesteps 900"
-    lines = start(f"{flags} --list -- --beta1 3").out.splitlines()
+    lines = call(f"{flags} --list -- --beta1 3").stdout.splitlines()
     tasks, methods = ["a-v2"] * 3 + ["b-v2"] * 3, ["cup", "sac", "ptf"]
     about = zip(lines, [1] * 6 + [2] * 6, tasks * 2, methods * 4, strict=True)
     for line, seed, task, method in about:
@@ -96,32 +84,118 @@ def test_list_prints_every_command_first_seeds_first(start):
             f" --run-dir runs/transfer/{task}__{method}__{seed} --resume --beta1 3"
             + " --sources" * (method == "sac")
         )
-    lines = start("--list --tag beta3").out.splitlines()
+    lines = call("--list --tag beta3").stdout.splitlines()
     assert len(lines) == 6 * 2 * 3
     assert "hammer-v2__cup__1__beta3 " in lines[0]
     assert all(" --total-timesteps 500000 " in line for line in lines)
 
 
-def test_collect_writes_sorted_csv_and_keeps_other_runs(start, tmp_path):
+def test_mistakes_are_one_sentence_and_exit_code_2(call, tmp_path):
+    (tmp_path / "sources" / "push-v2.pt").unlink()
+    mistakes = "--tasks a", "--methods sac ptf -- --sources", "--methods sac --cluster slurm"
+    for arguments in mistakes:
+        process = call(arguments)
+        assert process.returncode == 2, arguments
+        assert process.stderr.startswith("transfer.py: ")
+        assert process.stderr.count("\n") == 1
+
+
+def test_runs_all_reports_failures_and_skips_the_finished(call, tmp_path):
+    arguments = "--tasks a b --seeds 1 --total-timesteps 300 --workers 4"
+    process = call(f"{arguments} -- --boom")
+    assert process.returncode == 1, process.stderr
+    assert process.stdout.count("ended at step 300: said at the end") == 2
+    assert process.stdout.count("ended at step 0: cup.py: boom") == 2
+    process = call(f"{arguments} --methods cup")
+    assert process.returncode == 0
+    assert "2 runs, 0 to go" in process.stdout
+    lines = (tmp_path / "benchmark" / "transfer.csv").read_text().splitlines()
+    runs = ["a,cup,1"] * 3 + ["b,cup,1"] * 3
+    assert [line.rsplit(",", 3)[0] for line in lines[1:]] == runs
+    status = call(f"{arguments} --status").stdout.split()
+    assert status == "a__cup__1 300 a__sac__1 0 b__cup__1 300 b__sac__1 0".split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_runs_with_a_checkpoint_and_they_go_on(start, call, tmp_path, number):
+    """Before that, a second start leaves alone what has a process."""
+    run = tmp_path / "runs" / "transfer" / "a__cup__1"
+    arguments = "--tasks a --methods cup --seeds 1"
+    process = start(arguments)
+    wait_for("\n300,", run / "metrics.csv")
+    assert "a__cup__1 has a process already" in call(arguments).stdout
+    os.kill(process.pid, number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    step = int((run / "checkpoint.pt").read_text())
+    last = (run / "metrics.csv").read_text().splitlines()[-1]
+    assert last.startswith(f"{step},")  # it wrote its checkpoint, and nothing since
+    again = call(f"{arguments} --total-timesteps {step + 200}")
+    assert again.returncode == 0
+    assert (run / "checkpoint.pt").read_text() == str(step + 200)
+
+
+# as much of Slurm as submitit needs to run the two tasks of an array on this machine
+SBATCH = """#!/bin/sh
+for task in 0 1; do
+    SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 \\
+    SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 sh "$1" &
+done >/dev/null 2>&1
+echo Submitted batch job 7
+"""
+SRUN = '#!/bin/sh\nwhile [ "$1" != --error ]; do shift; done; shift 2; exec "$@"\n'
+
+
+def test_slurm_gets_an_array_of_jobs(call, tmp_path):
+    pytest.importorskip("submitit")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in {"sbatch": SBATCH, "srun": SRUN}.items():
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    flags = "--cluster slurm --tasks a b --methods cup --seeds 1 --total-timesteps 300 --workers 2"
+    process = call(flags, PATH=f"{tools}:{os.environ['PATH']}")
+    assert process.returncode == 0, process.stderr
+    runs = tmp_path / "runs" / "transfer"
+    sheet = (runs / "submitit" / "7_submission.sh").read_text()
+    assert "#SBATCH --array=0-1%2" in sheet and "#SBATCH --signal=TERM@120" in sheet
+    for name in ("a__cup__1", "b__cup__1"):
+        wait_for("said at the end", runs / name / "log.txt")
+    process = call(flags, PATH=f"{tools}:{os.environ['PATH']}")
+    assert (process.returncode, process.stdout) == (0, "2 runs, 0 to go, 2 at a time\n")
+
+
+# ---- csv files -----------------------------------------------------------------------------------
+def write_run(folder: Path, rows: list[dict], **settings) -> None:
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"args": settings}))
+    columns = ["time/seconds", "train/success_rate", "eval/success_rate", "eval/return"]
+    rows = [dict.fromkeys(columns, "1") | row for row in rows]
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_collect_writes_sorted_csv_and_keeps_other_runs(call, tmp_path):
     runs, out = tmp_path / "runs" / "transfer", tmp_path / "benchmark"
     guided = [
-        row(
-            1000 * k,
-            **{"eval/return": 10.0 * k if k == 300 else ""},
-            **{"guidance/selected/a": 0.25, "guidance/selected/target": 0.75},
-            **{"guidance/advantage/a": -k, "guidance/advantage/target": 0},
-        )
+        {
+            "step": 1000 * k, "eval/return": 10.0 * k if k == 300 else "",
+            "guidance/selected/a": 0.25, "guidance/selected/target": 0.75,
+            "guidance/advantage/a": -k, "guidance/advantage/target": 0,
+        }
         for k in range(1, 301)
     ]
     write_run(runs / "x-v2__cup__10", guided)
-    write_run(runs / "x-v2__cup__2", [row(20, **{"eval/return": "3.14159265"})])
-    write_run(runs / "x-v2__sac__1", [row(20, **{"eval/success_rate": ""})])
+    write_run(runs / "x-v2__cup__2", [{"step": 20, "eval/return": "3.14159265"}])
+    write_run(runs / "x-v2__sac__1", [{"step": 20, "eval/success_rate": ""}])
     (runs / "x-v2__sac__2").mkdir()  # started, nothing logged yet
     settings = dict.fromkeys(transfer.TUNED, 5) | {"sources": ["/here/a.pt", "there/b.pt"]}
     del settings[transfer.TUNED[-1]]  # as in a run of an older cup.py
-    guidance = {"guidance/selected/target": 0.75, "entropy": "-3.14159265"}
-    write_run(runs / "x-v2__cup__1__b", [row(20, **guidance)], **settings)
-    write_run(runs / "x-v2__sac__1__b", [row(20)], **settings)
+    guidance = {"step": 20, "guidance/selected/target": 0.75, "entropy": "-3.14159265"}
+    write_run(runs / "x-v2__cup__1__b", [guidance], **settings)
+    write_run(runs / "x-v2__sac__1__b", [{"step": 20}], **settings)
     header, kept = "env_id,method,seed,step,success_rate,return", "w-v2,cup,1,5,0.5,1"
     (out / "transfer.csv").write_text(f"{header}\nx-v2,sac,1,5,0.5,1\n{kept}\n")
     # tuning.csv as it was before another setting came to it
@@ -130,7 +204,7 @@ def test_collect_writes_sorted_csv_and_keeps_other_runs(start, tmp_path):
     values = "a b," + "5," * len(known)
     (out / "tuning.csv").write_text(f"{older}\nold,x-v2,cup,1,{values}20,1,1\n")
     for _ in range(2):  # the second time changes nothing
-        assert start("--collect").returncode == 0
+        assert call("--collect").returncode == 0
         assert (out / "transfer.csv").read_text().splitlines() == [
             header,
             kept,
@@ -168,86 +242,3 @@ def test_studies_that_collect_at_the_same_time_lose_nothing(tmp_path):
         list(pool.map(collect, range(100)))
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert lines == ["run,step", *(f"{number},1" for number in range(100))]
-
-
-def test_mistakes_are_one_sentence_and_exit_code_2(start, tmp_path):
-    (tmp_path / "sources" / "push-v2.pt").unlink()
-    mistakes = "--tasks a", "--methods sac ptf -- --sources", "--methods sac --cluster slurm"
-    for arguments in mistakes:
-        process = start(arguments)
-        assert process.returncode == 2, arguments
-        assert process.err.startswith("transfer.py: ")
-        assert process.err.count("\n") == 1
-
-
-def test_runs_all_reports_failures_and_skips_the_finished(start, tmp_path):
-    arguments = "--tasks a b --seeds 1 --total-timesteps 300 --workers 4"
-    process = start(f"{arguments} -- --boom")
-    assert process.returncode == 1, process.err
-    assert process.out.count("ended at step 300: said at the end") == 2
-    assert process.out.count("ended at step 0: cup.py: boom") == 2
-    process = start(f"{arguments} --methods cup")
-    assert process.returncode == 0
-    assert "2 runs, 0 to go" in process.out
-    lines = (tmp_path / "benchmark" / "transfer.csv").read_text().splitlines()
-    runs = ["a,cup,1"] * 3 + ["b,cup,1"] * 3
-    assert [line.rsplit(",", 3)[0] for line in lines[1:]] == runs
-    status = start(f"{arguments} --status").out.split()
-    assert status == "a__cup__1 300 a__sac__1 0 b__cup__1 300 b__sac__1 0".split()
-
-
-def test_a_run_that_has_a_process_is_left_alone(start, tmp_path):
-    arguments = "--tasks a --methods cup --seeds 1 --total-timesteps 4000"
-    first = start(arguments, wait=False)
-    wait_for("\n100,", tmp_path / "runs" / "transfer" / "a__cup__1" / "metrics.csv")
-    second = start(arguments)
-    assert "a__cup__1 has a process already" in second.out
-    first.terminate()
-    first.communicate(timeout=20)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_runs_with_a_checkpoint_and_they_go_on(start, tmp_path, number):
-    run = tmp_path / "runs" / "transfer" / "a__cup__1"
-    arguments = "--tasks a --methods cup --seeds 1"
-    process = start(arguments, wait=False)
-    wait_for("\n300,", run / "metrics.csv")
-    os.kill(process.pid, number)
-    process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    step = int((run / "checkpoint.pt").read_text())
-    last = (run / "metrics.csv").read_text().splitlines()[-1]
-    assert last.startswith(f"{step},")  # it wrote its checkpoint, and nothing since
-    again = start(f"{arguments} --total-timesteps {step + 200}")
-    assert again.returncode == 0
-    assert (run / "checkpoint.pt").read_text() == str(step + 200)
-
-
-# as much of Slurm as submitit needs to run the two tasks of an array on this machine
-SBATCH = """#!/bin/sh
-for task in 0 1; do
-    SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 \\
-    SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 sh "$1" &
-done >/dev/null 2>&1
-echo Submitted batch job 7
-"""
-SRUN = '#!/bin/sh\nwhile [ "$1" != --error ]; do shift; done; shift 2; exec "$@"\n'
-
-
-def test_slurm_gets_an_array_of_jobs(start, tmp_path):
-    pytest.importorskip("submitit")
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name, script in {"sbatch": SBATCH, "srun": SRUN}.items():
-        (tools / name).write_text(script)
-        (tools / name).chmod(0o755)
-    flags = "--cluster slurm --tasks a b --methods cup --seeds 1 --total-timesteps 300 --workers 2"
-    process = start(flags, PATH=f"{tools}:{os.environ['PATH']}")
-    assert process.returncode == 0, process.err
-    runs = tmp_path / "runs" / "transfer"
-    sheet = (runs / "submitit" / "7_submission.sh").read_text()
-    assert "#SBATCH --array=0-1%2" in sheet and "#SBATCH --signal=TERM@120" in sheet
-    for name in ("a__cup__1", "b__cup__1"):
-        wait_for("said at the end", runs / name / "log.txt")
-    process = start(flags, PATH=f"{tools}:{os.environ['PATH']}")
-    assert (process.returncode, process.out) == (0, "2 runs, 0 to go, 2 at a time\n")
