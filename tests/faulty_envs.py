@@ -124,6 +124,15 @@ class Grasp(Walk):
     def observe(self):
         return np.array([self.position, self.time, self.lifetime > 30, 0], np.float32)
 
+
+class Vacant(Walk):
+    """An observation that is always 0."""
+
+    observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+
+    def observe(self):
+        return np.array([self.position, self.time, 0], np.float32)
+
     def info(self):
         return {"success": self.position < -1}
 
