@@ -80,9 +80,6 @@ class Args:
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
     guidance_starts: int = 5_000  # environment steps before the guidance begins
-    # weigh a source by the advantage that a second look confirms, and pull the target policy's mean
-    # only (see second_look); without it, Eqs. 11 and 12 as they stand, for which take beta1 1
-    second_look: bool = True
 
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
     eval_interval: int = 20_000  # environment steps between evaluations
@@ -293,9 +290,6 @@ class SoftQNetwork(nn.Module):
         twins = x.reshape(-1, x.shape[-1]).expand(2, -1, -1)
         return self.net(twins).view(2, *x.shape[:-1])
 
-    def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
-        return self(obs, action).amin(dim=0)  # the smaller of the twins
-
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Sample a tanh-Gaussian, reparameterised by standard normal `noise`.
@@ -354,45 +348,18 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
     return kl.sum(dim=-1)
 
 
-def second_look(
-    target_critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, means: Tensor, log_stds: Tensor,
-    noise: Tensor, alpha: Tensor | float, advantage: Tensor, looks: Tensor,
-) -> Tensor:
-    """rho (n + 1,), in [0, 1]: how much of a candidate's advantage is more than luck.
-
-    What wins at a state wins partly by the luck of its action and of the critic's last steps. So
-    the winner is judged again, by other actions and by the target critic, at the first 64 states
-    of the minibatch, which is 5 % of an update. rho is the ratio of the advantages so confirmed to
-    those seen; `looks` (2, n + 1) has the running means of both, over some 1,000 updates.
-    """
-    obs, means, log_stds, advantage = obs[:64], means[:64], log_stds[:64], advantage[:64]
-    noise = noise.roll(1, dims=1)[:, :64]  # another state's
-    action, log_prob = squash(means, log_stds, noise.unsqueeze(2))
-    q = target_critic(obs.unsqueeze(1).expand(*action.shape[:3], -1), action)
-    again, _ = expected_advantage(q, log_prob, alpha)
-    selected = F.one_hot(guidance_policy(advantage), advantage.shape[1])
-    both = torch.stack([advantage, again])  # (2, 64, n + 1)
-    looks.lerp_((selected * both).sum(dim=1), 1e-3)
-    seen, confirmed = looks
-    return (confirmed / seen.clamp(min=1e-8)).clamp(0, 1)
-
-
 def guidance_loss(
     critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
     source_mean: Tensor, source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor,
     alpha: Tensor | float, beta1: float, beta2: float,
-    target_critic: Callable[[Tensor, Tensor], Tensor] | None = None,
-    looks: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
     critic(obs, action) is Q without a last axis of its own. obs (batch, obs_dim); mean, log_std
     (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
     log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
-    (batch, n, action_dim). With a target_critic and the sums of `second_look`, Eq. 12 takes that
-    share of the advantage which the second look confirms, and the KL pulls the mean alone.
-    Returns the loss, through mean and log_std, and what there is to log: advantage (batch, n + 1),
-    guidance (an index), weight and kl (batch,), rho (n + 1,).
+    (batch, n, action_dim). Returns the loss, through mean and log_std, and what there is to log:
+    advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
     """
     with torch.no_grad():
         # the same noise for all candidates: their policies differ, not their luck
@@ -402,20 +369,13 @@ def guidance_loss(
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        means = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)  # (batch, n + 1, action_dim)
-        log_stds = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)
-        rho = torch.ones_like(advantage[0])
-        if looks is not None:
-            rho = second_look(target_critic, obs, means, log_stds, noise, alpha, advantage, looks)
-        best = rho[guidance] * advantage.amax(dim=1)
-        weight = guidance_weight(best, value, beta1, beta2)  # Eq. 12
+        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
         row = torch.arange(len(obs), device=obs.device)
-        guide_mean, guide_log_std = means[row, guidance], log_stds[row, guidance]
-    if looks is not None:  # the KL to a wider policy is an entropy bonus, which alpha would fight
-        log_std = log_std.detach()
+        guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
+        guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
     kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
     states = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
-    return (weight * kl).mean(), states | {"rho": rho}
+    return (weight * kl).mean(), states
 
 
 @torch.no_grad()
@@ -536,9 +496,6 @@ class Agent(nn.Module):
             self.metrics += ["loss/kl", "guidance/weight", "guidance/kl"]
             self.metrics += [f"guidance/selected/{name}" for name in self.candidates]
             self.metrics += [f"guidance/advantage/{name}" for name in self.candidates]
-            self.metrics += [f"guidance/rho/{name}" for name in sources]
-            looks = torch.zeros(2, len(sources) + 1, device=device)
-            self.register_buffer("looks", looks if args.second_look else None)
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
             torch._inductor.config.fallback_random = True  # the random numbers stay the same
@@ -586,17 +543,15 @@ class Agent(nn.Module):
         mean, log_std = self.actor(batch.obs)
         noise = torch.randn(samples, *mean.shape, device=mean.device)
         action, log_prob = squash(mean, log_std, noise)
-        q = self.critic.min_q(batch.obs.expand(samples, -1, -1), action)
+        q = self.min_q(batch.obs.expand(samples, -1, -1), action)
         actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
 
         # ---- guidance: the KL term of L_CUP, Eq. 11
         if guide:
             kl_loss, states = guidance_loss(
-                self.critic.min_q, batch.obs, mean, log_std,
-                batch.source_mean, batch.source_log_std, noise, q, log_prob,
-                alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
-                self.target_critic.min_q, self.looks,
+                self.min_q, batch.obs, mean, log_std, batch.source_mean, batch.source_log_std,
+                noise, q, log_prob, alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
             )
             actor_loss = actor_loss + kl_loss
             info["loss/kl"] = kl_loss.detach()
@@ -607,8 +562,6 @@ class Agent(nn.Module):
             for name, share, advantage in zip(self.candidates, shares, advantages, strict=True):
                 info[f"guidance/selected/{name}"] = share
                 info[f"guidance/advantage/{name}"] = advantage
-            for name, rho in zip(self.sources, states["rho"]):
-                info[f"guidance/rho/{name}"] = rho
 
         self.actor_optimizer.minimize(actor_loss)  # through the critic, which stays as it is
 
@@ -622,6 +575,9 @@ class Agent(nn.Module):
             for target, online in zip(self.target_critic.parameters(), self.critic.parameters()):
                 target.lerp_(online, args.tau)
         return info | {"alpha": alpha, "entropy": entropy}
+
+    def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.critic(obs, action).amin(dim=0)  # the smaller of the twins
 
     def standardize(self) -> None:
         """Fix how the networks see observations, by the states in the replay buffer."""

@@ -187,7 +187,7 @@ class PTF(cup.Agent):
         mean, log_std = self.actor(batch.obs)
         noise = torch.randn(1, *mean.shape, device=mean.device)
         action, log_prob = cup.squash(mean, log_std, noise)
-        actor_loss = (alpha * log_prob - self.critic.min_q(batch.obs.unsqueeze(0), action)).mean()
+        actor_loss = (alpha * log_prob - self.min_q(batch.obs.unsqueeze(0), action)).mean()
         fade = (1 + torch.tanh(3 - args.mu * self.episodes)) / 2  # f(t)
         weight = args.c * fade * (1 - termination) * guide  # (batch,)
         teacher_dist = batch.source_mean[row, teacher], batch.source_log_std[row, teacher]

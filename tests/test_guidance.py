@@ -163,9 +163,8 @@ def test_query_sources_bounds_what_the_sources_say():
 def frozen_agent(**changes) -> cup.Agent:
     """An agent whose update computes everything and moves nothing; its sources only have names."""
     still = dict.fromkeys(("policy_lr", "q_lr", "alpha_lr", "tau"), 0.0)
-    plain = {"second_look": False, "beta1": 1.0}
     torch.manual_seed(1)
-    args = cup.Args(env_id="x", hidden_sizes=(16,), beta2=0.5, **still, **plain, **changes)
+    args = cup.Args(env_id="x", hidden_sizes=(16,), beta2=0.5, **still, **changes)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, dict.fromkeys("abc"))
     with torch.no_grad():  # an opinionated critic: each candidate wins somewhere
         agent.critic.net[-1].weight *= 4
@@ -255,7 +254,7 @@ def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
         logged[f"guidance/advantage/{name}"] = sum(row[c] for row in hand.advantage)
     for name, total in logged.items():
         assert info[name].item() == pytest.approx(total / BATCH, rel=1e-6), name
-    assert {*agent.metrics} == info.keys() - {"advantage", "guidance", "weight", "kl", "rho"}
+    assert {*agent.metrics} == info.keys() - {"advantage", "guidance", "weight", "kl"}
     assert all(info[name].shape == () for name in agent.metrics)
 
 
