@@ -65,6 +65,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
         ("mamba", "--rollout-share 0", "without roll-outs"),
         ("mamba", "--value-updates 0", "--value-updates is out"),
         ("multipolar", "--sources", "MULTIPOLAR aggregates"),
+        ("multipolar", "--compile", "--compile"),
         ("ptf", "--sources", "PTF imitates"), ("ptf", "--c -1", "--c is out"),
         ("ptf", "--xi -1", "--xi is out"),
     ],

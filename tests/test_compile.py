@@ -1,5 +1,7 @@
 """--compile: the same update, to rounding, through checkpoints, and a sentence without a compiler."""
 
+import shutil
+
 import pytest
 import torch
 from program import PENDULUM, call_cup, metrics
@@ -7,6 +9,7 @@ from program import PENDULUM, call_cup, metrics
 import cup
 
 OBS_DIM, ACTION_DIM = 3, 2
+needs_a_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
 
 def make_agent(compiled: bool) -> cup.Agent:
@@ -19,6 +22,7 @@ def make_agent(compiled: bool) -> cup.Agent:
     return agent
 
 
+@needs_a_compiler
 def test_the_compiled_update_is_the_eager_one_over_fifty_updates():
     """In double precision, where rounding does not grow into something else."""
     torch.set_default_dtype(torch.float64)
@@ -41,6 +45,7 @@ def test_the_compiled_update_is_the_eager_one_over_fifty_updates():
             torch.testing.assert_close(compiled_networks[name], tensor, rtol=1e-6, atol=1e-9)
 
 
+@needs_a_compiler
 def test_a_resumed_compiled_run_equals_an_unbroken_one(tmp_path):
     run = [*PENDULUM, "--compile"]
     unbroken = call_cup(*run, "--run-dir", tmp_path / "unbroken")
