@@ -468,8 +468,9 @@ class Adam(nn.Module):
             adam(
                 self.learnt, list(gradients), list(self.exp_avg), list(self.exp_avg_sq), [],
                 list(self.steps), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0,
-                amsgrad=False, maximize=False, foreach=False, capturable=True,
-                fused=not torch.compiler.is_compiling(),
+                amsgrad=False, maximize=False, foreach=False,
+                capturable=True,  # `steps` may be part of a CUDA graph
+                fused=not torch.compiler.is_compiling(),  # one kernel, opaque to the compiler
             )
 
 
