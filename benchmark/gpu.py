@@ -18,6 +18,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import cup
+from benchmark.speed import make_agent
 from benchmark.transfer import update_csv
 
 COLUMNS = ["machine", "torch", "sources", "num_envs", "updates", "compiled", "steps_per_second",
@@ -35,18 +36,6 @@ class Args:
     steps: int = 150  # steps of all environments of a measurement; a third before it is not counted
     cuda: bool = True  # without, it is the CPU's speed
     out: Path = ROOT / "benchmark"  # where gpu.csv goes
-
-
-def make_agent(args: Args, compiled: bool, obs_dim: int, action_dim: int) -> cup.Agent:
-    sources = {"sources": (), "num_random_sources": args.num_sources, "buffer_size": 100_000}
-    cup_args = cup.Args(args.env_id, **sources, cuda=args.cuda, compile=compiled)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    policies = cup.load_sources(cup_args, obs_dim, action_dim)
-    policies = {name: actor.to(device) for name, actor in policies.items()}
-    agent = cup.Agent(cup_args, obs_dim, action_dim, policies, device)
-    agent.buffer.rows.normal_()
-    agent.buffer.size = 50_000
-    return agent
 
 
 def run(agent: cup.Agent, envs, updates: int, steps: int) -> float:
@@ -74,10 +63,8 @@ def main() -> None:
     about = {"machine": f"{machine}, {os.cpu_count()} cores", "torch": torch.__version__}
     about["sources"] = args.num_sources
     envs = {count: cup.make_envs(args.env_id, count, 1) for count in args.num_envs}
-    (obs_dim,) = envs[args.num_envs[0]].single_observation_space.shape
-    (action_dim,) = envs[args.num_envs[0]].single_action_space.shape
     for compiled in (False, True):
-        agent = make_agent(args, compiled, obs_dim, action_dim)
+        agent = make_agent(args.num_sources, compiled, "cuda" if args.cuda else "cpu")
         for count in args.num_envs:
             for updates in args.updates:
                 run(agent, envs[count], updates, args.steps // 3)

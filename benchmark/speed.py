@@ -37,8 +37,7 @@ from benchmark.transfer import read_csv, update_csv
 
 CORES = sorted(os.sched_getaffinity(0))
 OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", f"study-{len(CORES)}"]
-if hasattr(cup.Args, "compile"):
-    OURS += [f"{name}-compiled" for name in OURS]
+OURS += [f"{name}-compiled" for name in OURS]
 RATIOS = [("cup-0", "sb3"), ("cup-3", "sb3"), ("cup-0", "sbx"), ("cup-3", "sbx")]
 RATIOS += [("cup-3", "cup-0"), ("cup-3", "cup-6"), ("update-0", "products")]
 PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
@@ -106,13 +105,21 @@ def peer_rate(args: Args, name: str) -> float:
     return args.steps / (time.perf_counter() - start)
 
 
-def update_time(num_sources: int, compiled: bool) -> float:
-    torch.set_flush_denormal(True)  # as in cup.py's train
+def make_agent(num_sources: int, compiled: bool, device: str = "cpu") -> cup.Agent:
+    """With random sources and a full replay buffer, for a Meta-World task."""
     settings = {"sources": (), "num_random_sources": num_sources, "buffer_size": 10_000}
-    args = cup.Args("push-v2", cuda=False, **settings, **({"compile": True} if compiled else {}))
-    agent = cup.Agent(args, OBS_DIM, ACTION_DIM, cup.load_sources(args, OBS_DIM, ACTION_DIM))
+    args = cup.Args("push-v2", cuda=device == "cuda", compile=compiled, **settings)
+    sources = cup.load_sources(args, OBS_DIM, ACTION_DIM)
+    sources = {name: actor.to(device) for name, actor in sources.items()}
+    agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources, device)
     agent.buffer.rows.normal_()
     agent.buffer.size = len(agent.buffer.rows)
+    return agent
+
+
+def update_time(num_sources: int, compiled: bool) -> float:
+    torch.set_flush_denormal(True)  # as in cup.py's train
+    agent = make_agent(num_sources, compiled)
     times = timeit.repeat(lambda: agent.update(agent.buffer.sample(256)), number=1, repeat=220)
     return 1e3 * statistics.median(times[20:])  # the first ones warm up
 

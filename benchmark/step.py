@@ -20,6 +20,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import cup
+from benchmark.speed import make_agent
 
 PARTS = ["act", "sample", "update", "environment", "store"]
 
@@ -36,14 +37,8 @@ class Args:
 
 def parts_of_a_step(args: Args, num_sources: int, compiled: bool) -> dict[str, float]:
     """Mean ms of each part."""
-    settings = {"sources": (), "num_random_sources": num_sources, "buffer_size": 10_000}
-    cup_args = cup.Args(args.env_id, cuda=False, compile=compiled, **settings)
     envs = cup.make_envs(args.env_id, 1, 1)
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    sources = cup.load_sources(cup_args, obs_dim, action_dim)
-    agent = cup.Agent(cup_args, obs_dim, action_dim, sources)
-    agent.buffer.rows.normal_()
-    agent.buffer.size = len(agent.buffer.rows)
+    agent = make_agent(num_sources, compiled)
     obs, seconds = torch.as_tensor(envs.reset()[0]), Counter()
     for step in range(100 + args.steps):
         if step == 100:
