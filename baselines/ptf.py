@@ -43,6 +43,7 @@ class Args(cup.Args):
     # regularisation xi of the termination; by default 0.8 of the gap between the two best options
     xi: float | None = None
     option_lr: float = 5e-4  # learning rate of the option network
+    guidance_starts: int = 5_000  # environment steps before the imitation begins
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,7 +188,7 @@ class PTF(cup.Agent):
         mean, log_std = self.actor(batch.obs)
         noise = torch.randn(1, *mean.shape, device=mean.device)
         action, log_prob = cup.squash(mean, log_std, noise)
-        actor_loss = (alpha * log_prob - self.min_q(batch.obs.unsqueeze(0), action)).mean()
+        actor_loss = (alpha * log_prob - self.critic.min_q(batch.obs.unsqueeze(0), action)).mean()
         fade = (1 + torch.tanh(3 - args.mu * self.episodes)) / 2  # f(t)
         weight = args.c * fade * (1 - termination) * guide  # (batch,)
         teacher_dist = batch.source_mean[row, teacher], batch.source_log_std[row, teacher]

@@ -75,10 +75,11 @@ def guidance_and_pull(agent: cup.Agent, batch: cup.Batch) -> tuple[dict, Tensor]
     mean, log_std = agent.actor(batch.obs)
     noise = torch.randn(args.num_guidance_samples, *mean.shape)
     action, log_prob = cup.squash(mean, log_std, noise)
-    q = agent.min_q(batch.obs.expand(len(noise), -1, -1), action)
+    q = agent.critic.min_q(batch.obs.expand(len(noise), -1, -1), action)
     kl_loss, states = cup.guidance_loss(
-        agent.min_q, batch.obs, mean, log_std, batch.source_mean, batch.source_log_std,
+        agent.critic.min_q, batch.obs, mean, log_std, batch.source_mean, batch.source_log_std,
         noise, q, log_prob, alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
+        agent.rho,
     )
     losses = (alpha * log_prob - q).mean(), kl_loss
     gradients = [torch.autograd.grad(loss, mean, retain_graph=True)[0] for loss in losses]
@@ -148,7 +149,7 @@ def play(run_dir: Path, samples: int, path: Path) -> None:
     torch.manual_seed(1)
     noise = torch.randn(samples, len(obs), 1, agent.actor.action_dim)
     action, log_prob = cup.squash(mean, log_std, noise)
-    q = agent.min_q(obs.unsqueeze(1).expand(*action.shape[:3], -1), action)
+    q = agent.critic.min_q(obs.unsqueeze(1).expand(*action.shape[:3], -1), action)
     alpha = agent.log_alpha.exp() if args.soft_advantage else 0.0
     advantage, value = cup.expected_advantage(q, log_prob, alpha)
     with open(path, "w", newline="") as file:

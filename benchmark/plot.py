@@ -29,6 +29,7 @@ from benchmark.transfer import TASKS, read_csv
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW = "#E69F00", "#56B4E9", "#F0E442"
 METHODS = {"cup": ("CUP", BLUE, "-"), "sac": ("SAC", RED, "--")}
+METHODS |= {"plain": ("CUP, plain rule", YELLOW, "-")}
 METHODS |= {"multipolar": ("MULTIPOLAR", GREEN, "-."), "mamba": ("MAMBA", PINK, "-.")}
 METHODS |= {"ptf": ("PTF", ORANGE, ":"), "haar": ("HAAR", SKY, ":")}
 CANDIDATES = {"reach-v2": SKY, "push-v2": ORANGE, "pick-place-v2": PINK, "target": "0.35"}

@@ -33,12 +33,15 @@ STEPS = 500_000  # of every run: where it ends must not depend on its result
 # the settings in tuning.csv; add others at the end, and older rows will be empty there
 TUNED = ["sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage"]
 TUNED += ["source_mean_bound", "source_log_std_min", "guidance_starts", "num_envs", "utd_ratio"]
-TUNED += ["batch_size", "policy_lr", "q_lr", "alpha_lr", "init_alpha"]
+TUNED += ["batch_size", "policy_lr", "q_lr", "alpha_lr", "init_alpha", "second_look"]
+# what tells the methods of cup.py apart; the others are baselines/NAME.py
+FLAGS = {"cup": "", "sac": "--sources"}
+FLAGS["plain"] = "--no-second-look --beta1 1 --guidance-starts 5000"  # Eqs. 11, 12 as they stand
 # what the csv files call columns of metrics.csv; {} is a candidate
 SCORES = {"success_rate": "eval/success_rate", "return": "eval/return"}
 TUNING = SCORES | {"target_selected": "guidance/selected/target", "entropy": "entropy"}
 SELECTION = {"selected": "guidance/selected/{}", "advantage": "guidance/advantage/{}"}
-SELECTION |= {"success_rate": "train/success_rate"}
+SELECTION |= {"success_rate": "train/success_rate", "rho": "guidance/rho/{}", "entropy": "entropy"}
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Args:
     """Run the transfer study, or look at it. Arguments of cup.py follow a `--`."""
 
     tasks: tuple[str, ...] = TASKS
-    methods: tuple[str, ...] = ("cup", "sac")  # others (multipolar, ptf, ...): baselines/NAME.py
+    methods: tuple[str, ...] = ("cup", "sac")  # plain, multipolar, mamba, ptf, haar
     seeds: tuple[int, ...] = (1, 2, 3)  # the first of every task comes before the second of any
     total_timesteps: int = STEPS  # environment steps of a run
     workers: int = os.cpu_count() or 1  # runs at a time, one thread each
@@ -64,11 +67,11 @@ def make_commands(args: Args, extra: list[str]) -> dict[Path, list[str]]:
     commands = {}
     for seed, env_id, method in itertools.product(args.seeds, args.tasks, args.methods):
         run_dir = args.runs_dir / "__".join([env_id, method, str(seed), *args.tag.split()])
-        script = "cup.py" if method in ("cup", "sac") else f"baselines/{method}.py"
+        script = "cup.py" if method in FLAGS else f"baselines/{method}.py"
         command = [os.path.relpath(ROOT / script), "--env-id", env_id, "--seed", str(seed)]
         command += ["--total-timesteps", str(args.total_timesteps), "--threads", "1"]
         command += ["--run-dir", str(run_dir), "--resume", *extra]
-        commands[run_dir] = command + ["--sources"] * (method == "sac")  # the last one counts
+        commands[run_dir] = command + FLAGS.get(method, "").split()  # the last one counts
     return commands
 
 
@@ -163,7 +166,7 @@ def selection(about: dict, rows: list[dict[str, str]]) -> list[dict]:
         for name in (name.removeprefix(prefix) for name in group[0] if name.startswith(prefix)):
             point = about | {"step": group[-1]["step"], "candidate": name}
             for title, column in SELECTION.items():
-                point[title] = short([row[column.format(name)] for row in group])
+                point[title] = short([row.get(column.format(name)) for row in group])
             points.append(point)
     return points
 

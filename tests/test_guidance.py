@@ -161,10 +161,11 @@ def test_query_sources_bounds_what_the_sources_say():
 
 # ---- guidance inside the update ------------------------------------------------------------------
 def frozen_agent(**changes) -> cup.Agent:
-    """An agent whose update computes everything and moves nothing; its sources only have names."""
+    """An agent with the plain rule, whose update computes everything and moves nothing."""
     still = dict.fromkeys(("policy_lr", "q_lr", "alpha_lr", "tau"), 0.0)
     torch.manual_seed(1)
-    args = cup.Args(env_id="x", hidden_sizes=(16,), beta2=0.5, **still, **changes)
+    plain = {"second_look": False, "beta1": 1.0, "beta2": 0.5}
+    args = cup.Args(env_id="x", hidden_sizes=(16,), **plain, **still, **changes)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, dict.fromkeys("abc"))
     with torch.no_grad():  # an opinionated critic: each candidate wins somewhere
         agent.critic.net[-1].weight *= 4
@@ -179,8 +180,8 @@ def run_update(agent: cup.Agent, batch: cup.Batch) -> dict[str, Tensor]:
     """What `update` returns, and with it what it was told of every state, by `guidance_loss`."""
     told, guidance_loss = {}, cup.guidance_loss
 
-    def spy(*arguments):
-        loss, states = guidance_loss(*arguments)
+    def spy(*arguments, **options):
+        loss, states = guidance_loss(*arguments, **options)
         told.update(states)
         return loss, states
 
@@ -254,7 +255,9 @@ def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
         logged[f"guidance/advantage/{name}"] = sum(row[c] for row in hand.advantage)
     for name, total in logged.items():
         assert info[name].item() == pytest.approx(total / BATCH, rel=1e-6), name
-    assert {*agent.metrics} == info.keys() - {"advantage", "guidance", "weight", "kl"}
+    assert all(info[f"guidance/rho/{name}"] == 1 for name in "abc")
+    per_state = {"advantage", "guidance", "weight", "kl", "guide_mean", "guide_log_std"}
+    assert {*agent.metrics} == info.keys() - per_state
     assert all(info[name].shape == () for name in agent.metrics)
 
 

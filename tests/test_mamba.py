@@ -125,15 +125,17 @@ STATES, ACTIONS, GAMMA = 4, 3, 0.8
 
 
 class Table(nn.Module):
-    """A function of the state alone, which comes as one-hot; `twins` to stand for a critic."""
+    """A function of the state alone, which comes as one-hot, to stand for a V^k or a critic."""
 
-    def __init__(self, values: np.ndarray, twins: bool = False):
+    def __init__(self, values: np.ndarray):
         super().__init__()
-        self.values, self.twins = torch.as_tensor(values), twins
+        self.values = torch.as_tensor(values)
 
-    def forward(self, obs: Tensor, *_) -> Tensor:
-        values = obs @ self.values
-        return torch.stack([values, values]) if self.twins else values.unsqueeze(1)
+    def forward(self, obs: Tensor) -> Tensor:
+        return (obs @ self.values).unsqueeze(1)
+
+    def min_q(self, obs: Tensor, *_) -> Tensor:
+        return obs @ self.values
 
 
 class MDP:
@@ -174,7 +176,7 @@ def q_lambda(mdp: MDP, values: list[np.ndarray], policy: np.ndarray, lam: float)
     batch = cup.Batch(next_obs, next_obs, torch.zeros(n, 1), reward, torch.zeros(n), None, None)
     q = np.zeros((STATES, ACTIONS))
     for _ in range(150):
-        agent.target_critic = Table((policy * q).sum(axis=1), twins=True)
+        agent.target_critic = Table((policy * q).sum(axis=1))
         target = agent.td_target(batch, torch.zeros(()))
         q = (mdp.transition * target.numpy().reshape(STATES, ACTIONS, STATES)).sum(axis=2)
     return q
