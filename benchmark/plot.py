@@ -29,8 +29,8 @@ from benchmark.transfer import TASKS, read_csv
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW = "#E69F00", "#56B4E9", "#F0E442"
 METHODS = {"cup": ("CUP", BLUE, "-"), "sac": ("SAC", RED, "--")}
-METHODS |= {"plain": ("CUP, plain rule", YELLOW, "-")}
-METHODS |= {"multipolar": ("MULTIPOLAR", GREEN, "-."), "mamba": ("MAMBA", PINK, "-.")}
+METHODS |= {"plain": ("plain rule", GREEN, "-")}
+METHODS |= {"multipolar": ("MULTIPOLAR", YELLOW, "-."), "mamba": ("MAMBA", PINK, "-.")}
 METHODS |= {"ptf": ("PTF", ORANGE, ":"), "haar": ("HAAR", SKY, ":")}
 CANDIDATES = {"reach-v2": SKY, "push-v2": ORANGE, "pick-place-v2": PINK, "target": "0.35"}
 CANDIDATES |= {"success rate": GREEN}
@@ -145,8 +145,8 @@ def figure2(curves: dict[str, dict[str, Seeds]], what: str, path: Path) -> None:
             (lines[name],) = axes.plot(steps, values.mean(axis=0), style, color=colour, lw=2)
             if len(values) > 1:
                 axes.fill_between(steps, *interval(values), color=colour, alpha=0.2, lw=0)
-            counts.append(f"{name} {len(seeds)}")
-        finish_panel(axes, last, f"seeds: {', '.join(counts)}")
+            counts.append(len(seeds))
+        finish_panel(axes, last, f"seeds: {', '.join(map(str, counts))}")
         axes.set_ylim((-3, 103) if what == "success" else (0, None))
     finish(figure, lines, path)
 
