@@ -3,7 +3,7 @@
     python benchmark/plot.py
 
 transfer.csv gives figure2_success.png, figure2_return.png and transfer.md; selection.csv gives
-figure3.png and figure3_all.png; figure4.csv, by diagnose.py --figure4, gives figure4.png.
+figure3.png, figure3_all.png, figure3_rho.png; figure4.csv, by diagnose.py --figure4, figure4.png.
 sources/<task>.csv, the metrics.csv of train_sources.py's runs, give sources.png; tuning.csv gives
 tuning.md.
 """
@@ -33,7 +33,7 @@ METHODS |= {"plain": ("plain rule", GREEN, "-")}
 METHODS |= {"multipolar": ("MULTIPOLAR", YELLOW, "-."), "mamba": ("MAMBA", PINK, "-.")}
 METHODS |= {"ptf": ("PTF", ORANGE, ":"), "haar": ("HAAR", SKY, ":")}
 CANDIDATES = {"reach-v2": SKY, "push-v2": ORANGE, "pick-place-v2": PINK, "target": "0.35"}
-CANDIDATES |= {"success rate": GREEN}
+CANDIDATES |= {"success rate": GREEN, "entropy": GREEN}
 SPARE = (BLUE, RED, YELLOW, "0") * 9  # for other candidates
 SOURCES = ("reach-v2", "push-v2", "pick-place-v2")
 SOURCES += ("drawer-close-v2", "push-wall-v2", "coffee-button-v2")
@@ -59,9 +59,9 @@ def interval(values: np.ndarray) -> np.ndarray:
 
 
 def sheet(title: str, ylabel: str, tasks: tuple[str, ...]):
-    """The figure and its panels by task, one or six of them."""
-    rows, columns = (2, 3) if len(tasks) == 6 else (1, 1)
-    size = (10.5, 6) if len(tasks) == 6 else (6.5, 4.4)
+    """The figure and its panels by task, one, two or six of them."""
+    rows, columns = (2, 3) if len(tasks) == 6 else (1, len(tasks))
+    size = (10.5, 6) if len(tasks) == 6 else (6.5 if len(tasks) == 1 else 10.5, 4.4)
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=11)
     for task, axes in zip(tasks, panels.flat, strict=True):
@@ -230,33 +230,41 @@ def tuning_table(rows: list[dict[str, str]]) -> str:
 # -------------------------------------- the other figures ---------------------------------------
 
 
-def figure3(rows: list[dict[str, str]], tasks: tuple[str, ...], path: Path) -> None:
-    """Share of every candidate as guidance policy, and the success, in training."""
-    title = "Figure 3: candidates selected as guidance policy during training"
-    figure, panels = sheet(title, "share of states; success, %", tasks)
-    lines, colours = {}, dict(CANDIDATES)
+def figure3(rows, tasks: tuple[str, ...], path: Path, rho: bool = False) -> None:
+    """Share of every candidate as guidance policy, and the success, in training.
+
+    Or every source's rho, and the policy's entropy on an axis of its own.
+    """
+    column, whole_run = ("rho", "entropy") if rho else ("selected", "success rate")
+    title = "rho of the sources" if rho else "candidates selected as guidance policy"
+    label = "rho; entropy in nats, right" if rho else "share of states; success, %"
+    figure, panels = sheet(f"Figure 3: {title} during training", label, tasks)
+    lines, colours, scale = {}, dict(CANDIDATES), 1 if rho else 100
     for task, axes in panels.items():
-        points = defaultdict(lambda: defaultdict(list))  # by candidate and seed: (step, percent)
+        points = defaultdict(lambda: defaultdict(list))  # by candidate and seed: (step, value)
         for row in (row for row in rows if row["env_id"] == task):
             step, seed, name = int(row["step"]), row["seed"], row["candidate"]
-            points[name][seed].append((step, 100 * number(row["selected"])))
+            if row[column]:
+                points[name][seed].append((step, scale * number(row[column])))
             if name == "target":
-                points["success rate"][seed].append((step, 100 * number(row["success_rate"])))
-        ends = {seed: max(curve)[0] for seed, curve in points.get("target", {}).items()}
+                value = scale * number(row[whole_run.replace(" ", "_")])
+                points[whole_run][seed].append((step, value))
+        ends = {seed: max(curve)[0] for seed, curve in points.get(whole_run, {}).items()}
         end = median_high(ends.values()) if ends else 0
-        start, _ = min(map(min, points.get("target", {}).values()), default=(0, 0))
+        start, _ = min(map(min, points.get(whole_run, {}).values()), default=(0, 0))
         grid, whole = np.linspace(start, end, 100), [seed for seed in ends if ends[seed] >= end]
+        right = axes.twinx() if rho else axes
         for name in sorted(points, key=lambda name: ([*CANDIDATES, name].index(name), name)):
             curves = [np.array(sorted(c)).T for seed, c in points[name].items() if seed in whole]
             known = [curve[:, np.isfinite(curve[1])] for curve in curves]
             values = np.stack([np.interp(grid, *curve, left=np.nan) for curve in known])
             colour = colours.setdefault(name, SPARE[len(colours) - len(CANDIDATES)])
-            style = "--" if name == "success rate" else "-"
-            (lines[name],) = axes.plot(grid, values.mean(axis=0), style, color=colour, lw=1.6)
+            side, style = (right, "--") if name == whole_run else (axes, "-")
+            (lines[name],) = side.plot(grid, values.mean(axis=0), style, color=colour, lw=1.6)
             if len(values) > 1:
-                axes.fill_between(grid, *interval(values), color=colour, alpha=0.15, lw=0)
+                side.fill_between(grid, *interval(values), color=colour, alpha=0.15, lw=0)
         finish_panel(axes, end, f"seeds: {len(whole)}")
-        axes.set_ylim(-3, 103)
+        axes.set_ylim((-0.03, 1.03) if rho else (-3, 103))
     finish(figure, lines, path)
 
 
@@ -307,6 +315,7 @@ def main() -> None:
     if rows := read_csv(args.dir / "selection.csv"):
         figure3(rows, ("push-wall-v2",), args.dir / "figure3.png")
         figure3(rows, TASKS, args.dir / "figure3_all.png")
+        figure3(rows, ("hammer-v2", "push-wall-v2"), args.dir / "figure3_rho.png", rho=True)
     if rows := read_csv(args.dir / "transfer.csv"):
         curves = {task: read_curves(rows, task) for task in TASKS}
         for what in ("success", "return"):
