@@ -71,7 +71,7 @@ def test_outputs_of_a_run(pendulum):
     about = json.loads((run_dir / "args.json").read_text())
     assert about["args"].keys() == cup.Args.__dataclass_fields__.keys()
     assert (about["args"]["env_id"], about["args"]["hidden_sizes"]) == ("Pendulum-v1", [16, 16])
-    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["torch"] in torch.__version__  # which may add +cu130
     assert {"metaworld", "mujoco", "gymnasium"} < about["versions"].keys()
 
     rows = metrics(run_dir)

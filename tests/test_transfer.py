@@ -136,10 +136,11 @@ def test_a_signal_ends_runs_with_a_checkpoint_and_they_go_on(start, call, tmp_pa
     assert (run / "checkpoint.pt").read_text() == str(step + 200)
 
 
-# as much of Slurm as submitit needs to run the two tasks of an array on this machine
+# As much of Slurm as submitit needs to run the two tasks of an array on this machine. They begin
+# when sbatch has returned: submitit has files to rename until then.
 SBATCH = """#!/bin/sh
 for task in 0 1; do
-    SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 \\
+    sleep 2 && SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 \\
     SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 sh "$1" &
 done >/dev/null 2>&1
 echo Submitted batch job 7
