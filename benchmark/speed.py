@@ -6,6 +6,7 @@
 - cup-N, sb3, sbx: steps/s of cup.py with N sources and of the peers' SAC, one environment, one
   update of batch 256 a step, networks 256x256; (cup-3 ÷ cup-6 - 1) / 3 is what one more source
   costs, as a share of a step
+- multipolar, mamba, ptf, haar: the same of baselines/NAME.py, with three sources
 - study-K: steps/s in all of K runs side by side, with cup.py's own settings, one thread each
 - update-N, products: ms of an update with N sources, and of the matrix products of one without
 
@@ -38,8 +39,10 @@ from benchmark.transfer import read_csv, update_csv
 CORES = sorted(os.sched_getaffinity(0))
 OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", f"study-{len(CORES)}"]
 OURS += [f"{name}-compiled" for name in OURS]
+BASELINES = ("multipolar", "mamba", "ptf", "haar")
 RATIOS = [("cup-0", "sb3"), ("cup-3", "sb3"), ("cup-0", "sbx"), ("cup-3", "sbx")]
 RATIOS += [("cup-3", "cup-0"), ("cup-3", "cup-6"), ("update-0", "products")]
+RATIOS += [(name, "cup-0") for name in BASELINES]
 PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
 ABOUT = ["run", "machine", "versions", "threads", "steps"]
 COLUMNS = [*ABOUT, "what", "repeat", "load", "value", "unit"]
@@ -50,7 +53,7 @@ OBS_DIM, ACTION_DIM, RANDOM_STEPS = 39, 4, 500
 class Args:
     """Measure the speed of cup.py and of its peers."""
 
-    what: tuple[str, ...] = (*OURS, *PACKAGES, "products")  # see above
+    what: tuple[str, ...] = (*OURS, *BASELINES, *PACKAGES, "products")  # see above
     steps: int = 2_000  # environment steps of a measurement; as many before it are not counted
     repeats: int = 5  # measurements of each
     threads: int = len(CORES)  # CPU threads, but for study-K
@@ -66,18 +69,21 @@ def measure(name: str, args: Args) -> float:
     flags = ["--compile"] * compiled
     if kind == "study":
         return cup_rate(args, int(number), "3", ["--threads", "1", *flags])
-    if kind == "cup":
+    if kind in ("cup", *BASELINES):
         flags += ["--num-envs", "1", "--utd-ratio", "1", "--threads", str(args.threads)]
-        return cup_rate(args, 1, number, flags)
+        script = "cup.py" if kind == "cup" else f"baselines/{kind}.py"
+        return cup_rate(args, 1, number or "3", flags, script)
     if kind == "update":
         return update_time(int(number), compiled)
     return products_time() if kind == "products" else peer_rate(args, kind)
 
 
-def cup_rate(args: Args, runs: int, num_sources: str, flags: list[str]) -> float:
-    """Steps/s of all runs of cup.py at the same time, from their metrics.csv."""
+def cup_rate(
+    args: Args, runs: int, num_sources: str, flags: list[str], script: str = "cup.py"
+) -> float:
+    """Steps/s of all runs of the script at the same time, from their metrics.csv."""
     first, rate, quiet = RANDOM_STEPS + args.steps, 0.0, {"stdout": subprocess.DEVNULL}
-    command = [sys.executable, ROOT / "cup.py", "--env-id", args.env_id, "--log-interval", "100"]
+    command = [sys.executable, ROOT / script, "--env-id", args.env_id, "--log-interval", "100"]
     command += ["--learning-starts", str(RANDOM_STEPS), "--guidance-starts", str(RANDOM_STEPS)]
     command += ["--total-timesteps", str(first + args.steps), "--no-cuda", *flags]
     command += ["--sources", "--num-random-sources", num_sources, "--eval-episodes", "1"]

@@ -37,13 +37,13 @@ def test_the_committed_table_is_that_of_the_committed_rows():
 
 
 def test_every_measurement_is_a_row(tmp_path, monkeypatch):
-    flags = "--env-id Pendulum-v1 --steps 100 --repeats 1 --threads 1 --what study-1 products"
+    flags = "--env-id Pendulum-v1 --steps 100 --repeats 1 --threads 1 --what study-1 products ptf"
     monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split(), "--out", str(tmp_path)])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     speed.main()
     rows = read_csv(tmp_path / "speed.csv")
     assert [(row["what"], row["unit"]) for row in rows] == [
-        ("products", "ms"), ("study-1", "steps/s")
+        ("products", "ms"), ("ptf", "steps/s"), ("study-1", "steps/s")
     ]
     assert all(float(row["value"]) > 0 and row["machine"].endswith("cores") for row in rows)
     assert "| products, ms |" in (tmp_path / "speed.md").read_text()
