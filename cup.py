@@ -79,8 +79,8 @@ class Args:
     soft_advantage: bool = False
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
-    # environment steps before the guidance begins: a young critic's advice is no better than luck,
-    # and on hammer the policy never recovers from it
+    # environment steps before the guidance begins: a young critic misleads, and on hammer the policy
+    # does not recover from that
     guidance_starts: int = 40_000
     # weigh sources by what a second look confirms; the paper's rule without it, Eqs. 11 and 12 as
     # they stand, did best with --no-second-look --beta1 1 --guidance-starts 5000
