@@ -79,8 +79,8 @@ class Args:
     soft_advantage: bool = False
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
-    # environment steps before the guidance begins: a young critic misleads, and on hammer the policy
-    # does not recover from that
+    # environment steps before the guidance begins: a young critic misleads, and on hammer the
+    # policy does not recover from that
     guidance_starts: int = 40_000
     # weigh sources by what a second look confirms; the paper's rule without it, Eqs. 11 and 12 as
     # they stand, did best with --no-second-look --beta1 1 --guidance-starts 5000
@@ -367,9 +367,9 @@ def guidance_loss(
     (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
     log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
     (batch, n, action_dim); rho (n + 1,), the share of a candidate's advantage that counts in
-    Eq. 12: ones, or see `second_look`. Returns the loss, through mean and log_std, and what was
-    found: advantage (batch, n + 1), guidance (an index), weight and kl (batch,), and the guidance
-    policy's guide_mean and guide_log_std (batch, action_dim).
+    Eq. 12: ones, or see `second_look`; not may_widen: the KL only narrows the policy. Returns the
+    loss, through mean and log_std, and what was found: advantage (batch, n + 1), guidance (an
+    index), weight and kl (batch,), guide_mean and guide_log_std (batch, action_dim), pi_g's own.
     """
     with torch.no_grad():
         # the same noise for all candidates: their policies differ, not their luck
@@ -416,7 +416,7 @@ def second_look(
     first = states["advantage"][::4].amax(dim=1)
     selected = F.one_hot(states["guidance"][::4], looks.shape[1])  # (batch / 4, n + 1)
     looks.lerp_(torch.stack([again[:, 0], first]) @ selected.to(first), 1e-3)
-    rho = (looks[0] / looks[1].clamp(min=1e-8)).clamp(0, 1)
+    rho = (looks[0] / looks[1].clamp(min=1e-8)).clamp(0, 1)  # 0 / 0 for one never selected
     return rho * (rho > 0.1)  # less is luck as well, and a weight of a hundredth hinders SAC
 
 
