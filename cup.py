@@ -421,19 +421,20 @@ def second_look(
 
 
 @torch.no_grad()
-def query_sources(sources: Sequence[Actor], obs: Tensor, args: Args) -> Tensor:
-    """Mean and log-std of every source at obs (batch, obs_dim): (batch, n, 2, action_dim).
+def query_sources(
+    sources: Iterable[Actor], obs: Tensor, action_dim: int, args: Args
+) -> tuple[Tensor, Tensor]:
+    """Mean and log-std (batch, n, action_dim) of the n sources at obs (batch, obs_dim).
 
     Bounded, because a source that is nearly deterministic or saturated gives almost no probability
     to what the target policy does, and the KL to it would drown SAC's loss: it reached 1e11 without
     bounds and stays near 10 nats with 2.5 for the mean and -1.5 for the log-std.
     """
-    dists = []
-    for actor in sources:
-        mean, log_std = actor(obs)
-        mean = mean.clamp(-args.source_mean_bound, args.source_mean_bound)
-        dists.append(torch.stack([mean, log_std.clamp(min=args.source_log_std_min)], dim=1))
-    return torch.stack(dists, dim=1) if dists else obs.new_empty(len(obs), 0)
+    mean, log_std = obs.new_empty(2, len(obs), len(sources), action_dim)
+    for k, actor in enumerate(sources):
+        mean[:, k], log_std[:, k] = actor(obs)
+    bound = args.source_mean_bound
+    return mean.clamp(-bound, bound), log_std.clamp(min=args.source_log_std_min)
 
 
 class Batch(NamedTuple):
@@ -444,52 +445,46 @@ class Batch(NamedTuple):
     action: Tensor  # (batch, action_dim)
     reward: Tensor  # (batch,)
     terminated: Tensor  # (batch,)
+    # what every source would do at obs (`query_sources`): the sources are frozen, so they are
+    # asked once, on arrival, and not in every gradient update
     source_mean: Tensor  # (batch, n, action_dim)
     source_log_std: Tensor  # (batch, n, action_dim)
 
 
 class ReplayBuffer:
-    """The replay buffer D, one preallocated row per transition.
+    """The replay buffer D: `columns` is a preallocated `Batch`, of which `size` rows are in use."""
 
-    Beside the state lies what every source would do there (`query_sources`): the sources are
-    frozen, so this is computed once, on arrival, and not in every gradient update.
-    """
+    def __init__(self, capacity: int, shapes: Batch, device="cpu"):
+        # `type(shapes)`: another method may have other columns
+        self.columns = type(shapes)(*(torch.empty(capacity, *x, device=device) for x in shapes))
+        self.capacity, self.size, self.position = capacity, 0, 0
 
-    def __init__(self, capacity, obs_dim, action_dim, num_sources, device="cpu"):
-        self.source_shape = (num_sources, 2, action_dim)
-        self.widths = [obs_dim, obs_dim, action_dim, 1, 1, math.prod(self.source_shape)]
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        self.size = self.position = 0
-
-    def add(self, obs, next_obs, action, reward, terminated, source_dist) -> None:
-        """Store a batch of transitions; the oldest make room."""
-        scalars = torch.stack([reward, terminated], dim=1)
-        row = torch.cat([obs, next_obs, action, scalars, source_dist.flatten(1)], dim=1)
-        index = (self.position + torch.arange(len(row))) % len(self.rows)
-        self.rows[index] = row
-        self.position = (self.position + len(row)) % len(self.rows)
-        self.size = min(self.size + len(row), len(self.rows))
+    def add(self, batch: Batch) -> None:
+        """Store transitions; the oldest make room."""
+        index = (self.position + torch.arange(len(batch.obs))) % self.capacity
+        for column, values in zip(self.columns, batch, strict=True):
+            column[index] = values
+        self.position = (self.position + len(index)) % self.capacity
+        self.size = min(self.size + len(index), self.capacity)
 
     def sample(self, batch_size: int) -> Batch:
         """A uniform minibatch."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        *columns, reward, terminated, source_dist = self.rows[index].split(self.widths, dim=1)
-        source_mean, source_log_std = source_dist.unflatten(1, self.source_shape).unbind(2)
-        scalars = reward.squeeze(1), terminated.squeeze(1)
-        return Batch(*columns, *scalars, source_mean, source_log_std)
+        index = torch.randint(self.size, (batch_size,), device=self.columns.obs.device)
+        return type(self.columns)(*(column[index] for column in self.columns))
 
     def obs(self) -> Tensor:
         """All states in it, (size, obs_dim)."""
-        return self.rows[: self.size, : self.widths[0]]
+        return self.columns.obs[: self.size]
 
     def state_dict(self) -> dict:
         # by way of numpy, or torch would save the unused rows as well
-        rows = torch.from_numpy(self.rows.cpu().numpy()[: self.size])
-        return {"rows": rows, "position": self.position}
+        columns = [torch.from_numpy(x.cpu().numpy()[: self.size]) for x in self.columns]
+        return {"columns": columns, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        self.size, self.position = len(state["rows"]), state["position"]
-        self.rows[: self.size] = state["rows"]
+        self.size, self.position = len(state["columns"][0]), state["position"]
+        for column, values in zip(self.columns, state["columns"], strict=True):
+            column[: self.size] = values
 
 
 class Adam(nn.Module):
@@ -532,7 +527,9 @@ class Agent(nn.Module):
         self.actor_optimizer = Adam(self.actor.parameters(), args.policy_lr)
         self.critic_optimizer = Adam(self.critic.parameters(), args.q_lr)
         self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
-        self.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, len(sources), device)
+        state, dist = (obs_dim,), (len(sources), action_dim)
+        shapes = Batch(state, state, (action_dim,), (), (), dist, dist)
+        self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
         self.metrics = ["loss/critic", "loss/actor", "alpha", "entropy"]  # what `update` returns
         if sources:
             self.candidates = [*sources, "target"]
@@ -557,8 +554,8 @@ class Agent(nn.Module):
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
         """Put transitions into the replay buffer, one of each environment."""
-        source_dist = query_sources(self.sources.values(), obs, self.args)
-        self.buffer.add(obs, next_obs, action, reward, terminated, source_dist)
+        dists = query_sources(self.sources.values(), obs, action.shape[1], self.args)
+        self.buffer.add(Batch(obs, next_obs, action, reward, terminated, *dists))
 
     @torch.no_grad()
     def td_target(self, batch: Batch, alpha: Tensor) -> Tensor:

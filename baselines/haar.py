@@ -101,24 +101,8 @@ class Steps(NamedTuple):
     terminated: Tensor  # (batch,), after the segment
     first: Tensor  # (batch, obs_dim)
     last: Tensor  # (batch, obs_dim)
-    z: Tensor  # (batch,), the skill
+    z: Tensor  # (batch,), the skill, as a float
     is_last: Tensor  # (batch,), whether the step was the segment's last
-
-
-class SegmentBuffer(cup.ReplayBuffer):
-    """The replay buffer, with the columns of `Steps`; a segment's steps arrive together."""
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device="cpu"):
-        super().__init__(capacity, obs_dim, action_dim, 0, device)
-        self.widths[-1:] = obs_dim, obs_dim, 1, 1
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
-
-    def sample(self, batch_size: int) -> Steps:
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        steps = Steps(*self.rows[index].split(self.widths, dim=1))
-        scalars = "mean_reward", "terminated", "z", "is_last"
-        steps = steps._replace(**{name: getattr(steps, name).squeeze(1) for name in scalars})
-        return steps._replace(z=steps.z.long())
 
 
 class HAAR(cup.Agent):
@@ -138,7 +122,9 @@ class HAAR(cup.Agent):
         self.high_actor_optimizer = cup.Adam(self.actor.net.parameters(), args.policy_lr)
         self.high_critic_optimizer = cup.Adam(self.high_critic.parameters(), args.q_lr)
         self.high_alpha_optimizer = cup.Adam([self.log_high_alpha], args.alpha_lr)
-        self.buffer = SegmentBuffer(args.buffer_size, obs_dim, action_dim, device)
+        state, scalar = (obs_dim,), ()
+        shapes = Steps(state, state, (action_dim,), scalar, scalar, state, state, scalar, scalar)
+        self.buffer = cup.ReplayBuffer(args.buffer_size, shapes, device)
         # in every environment: the skill, random until `act` chooses, and the segment so far
         self.register_buffer("z", torch.randint(len(sources), (args.num_envs,), device=device))
         self.register_buffer("length", torch.zeros_like(self.z))
@@ -175,15 +161,15 @@ class HAAR(cup.Agent):
             steps = self.steps[index, : self.length[index]]
             obs, next_obs, action, reward, z = steps.split(self.widths, dim=1)
             mean_reward, end = reward.mean().expand(len(z)), terminated[index].expand(len(z))
-            ends = torch.cat([obs[0], next_obs[-1]]).expand(len(z), -1)
-            is_last = torch.arange(len(z), device=z.device).unsqueeze(1) == len(z) - 1
-            about = torch.cat([ends, z, is_last], dim=1)
-            self.buffer.add(obs, next_obs, action, mean_reward, end, about)
+            first, last = obs[0].expand_as(obs), next_obs[-1].expand_as(obs)
+            is_last = torch.arange(len(z), device=z.device) == len(z) - 1
+            segment = obs, next_obs, action, mean_reward, end, first, last, z.squeeze(1)
+            self.buffer.add(Steps(*segment, is_last.float()))
             self.length[index] = 0
 
     def update(self, batch: Steps, guide: bool = True) -> dict[str, Tensor]:
         """One gradient step of the high level, then one of the low level."""
-        args, actor = self.args, self.actor
+        args, actor, z = self.args, self.actor, batch.z.long()
         # ---- high critic: y_h = R / k + gamma_h V_h(s_k)
         with torch.no_grad():
             last_log_prob = actor.high_log_prob(batch.last)
@@ -192,7 +178,7 @@ class HAAR(cup.Agent):
             target = high_value(last_log_prob, self.high_target(last))
             target = batch.mean_reward + args.gamma_h * (1 - batch.terminated) * target
         q = self.high_critic(batch.first.expand(2, -1, -1))  # (2, batch, K)
-        chosen = q.gather(2, batch.z.expand(2, -1).unsqueeze(2)).squeeze(2)  # (2, batch)
+        chosen = q.gather(2, z.expand(2, -1).unsqueeze(2)).squeeze(2)  # (2, batch)
         critic_loss = (chosen - target).square().mean(dim=1).sum()
 
         # ---- high policy and its entropy weight: SAC's losses, with the exact mean over z
@@ -222,8 +208,8 @@ class HAAR(cup.Agent):
             return info
         # within a segment the same skill acts next, at its end one that pi_h picks
         next_z = torch.multinomial(last_log_prob.exp(), 1).squeeze(1)
-        next_z = torch.where(batch.is_last == 1, next_z, batch.z)
-        states = actor.with_skill(batch.obs, batch.z), actor.with_skill(batch.next_obs, next_z)
+        next_z = torch.where(batch.is_last == 1, next_z, z)
+        states = actor.with_skill(batch.obs, z), actor.with_skill(batch.next_obs, next_z)
         self.actor_optimizer.lr = args.policy_lr * guide
         low = cup.Batch(*states, batch.action, reward, batch.terminated * batch.is_last, None, None)
         return info | super().update(low, guide=False)

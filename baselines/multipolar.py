@@ -60,9 +60,8 @@ class Aggregate(cup.Actor):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         residual, log_std = super().forward(obs)  # F(s)
         with torch.no_grad():
-            # means before the tanh; a source's log-std has no part in this
-            source_dist = cup.query_sources(self.sources.values(), obs, self.args)
-            action = source_dist[:, :, 0]  # A_k(s), (batch, K, action_dim)
+            # A_k(s), (batch, K, action_dim), before the tanh; log-stds have no part in this
+            action, _ = cup.query_sources(self.sources.values(), obs, self.action_dim, self.args)
         # theta is divided first, and not the sum: theta = K e_k is source k to the last bit
         aggregate = (self.theta / len(self.sources) * action).sum(dim=1)
         return aggregate + residual, log_std

@@ -23,6 +23,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,22 +95,17 @@ def termination_advantage(next_value: Tensor, xi: float | None) -> Tensor:
     return next_value - best[:, :1] + margin
 
 
-class OptionBuffer(cup.ReplayBuffer):
-    """The replay buffer with one more column: the option that was active, -1 for none."""
+class OptionBatch(NamedTuple):
+    """What `cup.Batch` has, and the option that was active."""
 
-    def __init__(self, capacity, obs_dim, action_dim, num_sources, device="cpu"):
-        super().__init__(capacity, obs_dim, action_dim, num_sources, device)
-        self.widths.append(1)
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
-
-    def sample(self, batch_size: int) -> tuple[cup.Batch, Tensor]:
-        """A uniform minibatch and the options (batch,) of its transitions."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        columns = self.rows[index].split(self.widths, dim=1)
-        *columns, reward, terminated, source_dist, option = columns
-        source_dist = source_dist.unflatten(1, self.source_shape).unbind(2)
-        batch = cup.Batch(*columns, reward.squeeze(1), terminated.squeeze(1), *source_dist)
-        return batch, option.squeeze(1).long()
+    obs: Tensor  # (batch, obs_dim)
+    next_obs: Tensor  # (batch, obs_dim)
+    action: Tensor  # (batch, action_dim)
+    reward: Tensor  # (batch,)
+    terminated: Tensor  # (batch,)
+    source_mean: Tensor  # (batch, n, action_dim)
+    source_log_std: Tensor  # (batch, n, action_dim)
+    option: Tensor  # (batch,), -1 for none
 
 
 class PTF(cup.Agent):
@@ -122,7 +118,9 @@ class PTF(cup.Agent):
             self.options = OptionNetwork(obs_dim, len(sources), args.hidden_sizes).to(device)
         self.target_options = copy.deepcopy(self.options).requires_grad_(False)
         self.option_optimizer = cup.Adam(self.options.parameters(), args.option_lr)
-        self.buffer = OptionBuffer(args.buffer_size, obs_dim, action_dim, len(sources), device)
+        state, dist, scalar = (obs_dim,), (len(sources), action_dim), ()
+        shapes = OptionBatch(state, state, (action_dim,), scalar, scalar, dist, dist, scalar)
+        self.buffer = cup.ReplayBuffer(args.buffer_size, shapes, device)
         self.generator = torch.Generator().manual_seed(cup.derive_seed(args.seed, 5))
         # the active option of every environment; none while the actions are random
         self.register_buffer("active", torch.full((args.num_envs,), -1))
@@ -148,16 +146,14 @@ class PTF(cup.Agent):
         return super().act(obs, episode_steps)
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
-        source_dist = cup.query_sources(self.sources.values(), obs, self.args).flatten(1)
-        option = self.active.to(obs).unsqueeze(1)  # as float
-        row = torch.cat([source_dist, option], dim=1)
-        self.buffer.add(obs, next_obs, action, reward, terminated, row)
+        dists = cup.query_sources(self.sources.values(), obs, action.shape[1], self.args)
+        option = self.active.to(obs)  # as float, on its device
+        self.buffer.add(OptionBatch(obs, next_obs, action, reward, terminated, *dists, option))
 
-    def update(self, batch: tuple[cup.Batch, Tensor], guide: bool = True) -> dict[str, Tensor]:
+    def update(self, batch: OptionBatch, guide: bool = True) -> dict[str, Tensor]:
         """One gradient step of the options, then one of SAC, whose actor imitates the best."""
         args = self.args
-        batch, option = batch
-        row = torch.arange(len(option), device=option.device)
+        row = torch.arange(len(batch.option), device=batch.option.device)
         alpha = self.log_alpha.detach().exp()
 
         # ---- options: the values of those that fit the action, and the active one's termination
@@ -170,7 +166,8 @@ class PTF(cup.Agent):
                 args.gamma,
             )
             match = is_compatible(batch.action, batch.source_mean, batch.source_log_std)
-            active = option.unsqueeze(1) == torch.arange(len(self.sources), device=option.device)
+            options = torch.arange(len(self.sources), device=row.device)
+            active = batch.option.unsqueeze(1) == options
             advantage = termination_advantage(next_value, args.xi)
             ends = active * (1 - batch.terminated).unsqueeze(1)
         option_loss = ((match | active) * (target - value).square()).sum(dim=1).mean()

@@ -59,7 +59,7 @@ def load_agent(run_dir: Path) -> tuple[cup.Agent, dict]:
     except Exception as error:  # whatever is wrong with the file
         raise cup.UserError(f"{run_dir} has no checkpoint with sources ({error!r})") from error
     args = cup.Args(**checkpoint["args"] | {"cuda": False})
-    args.buffer_size = len(state["_extra_state"]["buffer"]["rows"])  # as much as there is
+    args.buffer_size = len(state["_extra_state"]["buffer"]["columns"][0])  # as much as there is
     agent = cup.Agent(args, *sizes, {name: cup.build_actor(x) for name, x in sources.items()})
     agent.load_state_dict(state)
     return agent, checkpoint
@@ -143,9 +143,9 @@ def play(run_dir: Path, samples: int, path: Path) -> None:
         done = terminated or truncated
     print(f"{run_dir}: return {info['return']:.1f}, success {info['success']:.0%}")
     obs = torch.stack(states)
-    sources = cup.query_sources(agent.sources.values(), obs, args)
-    target = torch.stack(agent.actor(obs), dim=1).unsqueeze(1)
-    mean, log_std = torch.cat([sources, target], dim=1).unbind(dim=2)  # (steps, n + 1, action_dim)
+    sources = cup.query_sources(agent.sources.values(), obs, agent.actor.action_dim, args)
+    parts = zip(sources, agent.actor(obs))
+    mean, log_std = (torch.cat([x, y.unsqueeze(1)], dim=1) for x, y in parts)  # (steps, n + 1, ...)
     torch.manual_seed(1)
     noise = torch.randn(samples, len(obs), 1, agent.actor.action_dim)
     action, log_prob = cup.squash(mean, log_std, noise)

@@ -118,8 +118,9 @@ def make_agent(num_sources: int, compiled: bool, device: str = "cpu") -> cup.Age
     sources = cup.load_sources(args, OBS_DIM, ACTION_DIM)
     sources = {name: actor.to(device) for name, actor in sources.items()}
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources, device)
-    agent.buffer.rows.normal_()
-    agent.buffer.size = len(agent.buffer.rows)
+    for column in agent.buffer.columns:
+        column.normal_()
+    agent.buffer.size = agent.buffer.capacity
     return agent
 
 

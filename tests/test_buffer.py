@@ -12,14 +12,19 @@ import cup
 OBS_DIM, ACTION_DIM, NUM_SOURCES = 3, 2, 4
 
 
-def make_buffer(capacity: int, num_sources: int = NUM_SOURCES) -> cup.ReplayBuffer:
+BOTH = NUM_SOURCES, ACTION_DIM
+SHAPES = cup.Batch((OBS_DIM,), (OBS_DIM,), (ACTION_DIM,), (), (), BOTH, BOTH)
+
+
+def make_buffer(capacity: int) -> cup.ReplayBuffer:
     torch.manual_seed(0)
-    buffer = cup.ReplayBuffer(capacity, OBS_DIM, ACTION_DIM, num_sources)
-    buffer.rows.fill_(math.nan)
+    buffer = cup.ReplayBuffer(capacity, SHAPES)
+    for column in buffer.columns:
+        column.fill_(math.nan)
     return buffer
 
 
-def transitions(first: int, count: int) -> tuple[Tensor, ...]:
+def transitions(first: int, count: int) -> cup.Batch:
     """Transitions numbered from `first`; each number in one says which, and where.
 
     The column c of part p in transition t holds t + p / 10 + c / 1000.
@@ -30,8 +35,7 @@ def transitions(first: int, count: int) -> tuple[Tensor, ...]:
         column = torch.arange(torch.Size(shape).numel()).view(shape) / 1000
         return t.view(-1, *[1] * len(shape)) + p / 10 + column
 
-    parts = part(0, OBS_DIM), part(1, OBS_DIM), part(2, ACTION_DIM), t + 0.3, t % 2
-    return *parts, part(5, NUM_SOURCES, 2, ACTION_DIM)
+    return cup.Batch(*(part(p, *shape) for p, shape in enumerate(SHAPES)))
 
 
 def numbers(obs: Tensor) -> list[int]:
@@ -42,22 +46,18 @@ def test_columns_come_back_as_stored():
     """In every sampled row all parts belong to one transition, sources included."""
     buffer = make_buffer(10)
     for first in range(0, 24, 6):  # more than it holds, so that rows are overwritten
-        buffer.add(*transitions(first, 6))
+        buffer.add(transitions(first, 6))
     sample = buffer.sample(200)
-    both = (NUM_SOURCES, ACTION_DIM)
-    shapes = [tuple(part.shape[1:]) for part in sample]
-    assert shapes == [(OBS_DIM,), (OBS_DIM,), (ACTION_DIM,), (), (), both, both]
     for row, t in enumerate(numbers(sample.obs)):
-        *expected, source_dist = (part[0] for part in transitions(t, 1))
-        expected += source_dist.unbind(1)  # means, log-stds
-        assert all(torch.equal(ours[row], x) for ours, x in zip(sample, expected, strict=True))
+        for ours, stored in zip(sample, transitions(t, 1), strict=True):
+            assert torch.equal(ours[row], stored[0])
 
 
 def test_it_holds_the_latest_transitions_and_samples_them_uniformly():
     """Size grows to the capacity and stays; the oldest make room; the rest is never sampled."""
     buffer, total = make_buffer(7), 0
     for count in (3, 1, 2, 4, 7, 1, 5, 3):
-        buffer.add(*transitions(total, count))
+        buffer.add(transitions(total, count))
         total += count
         latest = list(range(max(0, total - 7), total))
         sampled = numbers(buffer.sample(700).obs)
@@ -70,14 +70,15 @@ def test_it_holds_the_latest_transitions_and_samples_them_uniformly():
 @pytest.mark.parametrize("count", [4, 17])
 def test_its_state_is_the_used_rows_and_where_it_goes_on(count: int):
     buffer, other = make_buffer(10), make_buffer(10)
-    buffer.add(*transitions(0, count))
+    buffer.add(transitions(0, count))
     state = buffer.state_dict()
-    assert len(state["rows"]) == min(count, 10)
+    assert [len(column) for column in state["columns"]] == [min(count, 10)] * len(SHAPES)
     other.load_state_dict(copy.deepcopy(state))
     for one in (buffer, other):
-        one.add(*transitions(count, 3))
+        one.add(transitions(count, 3))
     assert (other.size, other.position) == (buffer.size, buffer.position)
-    assert torch.equal(other.rows[: other.size], buffer.rows[: buffer.size])
+    for ours, theirs in zip(buffer.columns, other.columns, strict=True):
+        assert torch.equal(ours[: buffer.size], theirs[: buffer.size])
 
 
 @pytest.mark.parametrize("num_sources", [0, NUM_SOURCES])

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from by_hand import random_batch
 from program import PENDULUM, call_cup, metrics
 
 import cup
@@ -17,8 +18,7 @@ def make_agent(compiled: bool) -> cup.Agent:
     args = cup.Args("x", hidden_sizes=(16, 16), buffer_size=500, cuda=False, compile=compiled)
     args.sources, args.num_random_sources = (), 2
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, cup.load_sources(args, OBS_DIM, ACTION_DIM))
-    agent.buffer.rows.normal_()
-    agent.buffer.size = 500
+    agent.buffer.add(random_batch(500, OBS_DIM, ACTION_DIM, num_sources=2))
     return agent
 
 

@@ -153,10 +153,9 @@ def test_query_sources_bounds_what_the_sources_say():
     args = cup.Args(env_id="x", source_mean_bound=2.5, source_log_std_min=-1.5)
     extreme = source([9.0, -9.0], [-9.0, 2.0])
     moderate = source([2.4, -2.4], [-1.4, 0.0])
-    dist = cup.query_sources([extreme, moderate], torch.zeros(5, OBS_DIM), args)
-    assert dist.shape == (5, 2, 2, 2)  # (batch, n, mean or log_std, action_dim)
-    expected = [[[2.5, -2.5], [-1.5, 2.0]], [[2.4, -2.4], [-1.4, 0.0]]]
-    torch.testing.assert_close(dist, torch.tensor([expected] * 5))
+    mean, log_std = cup.query_sources([extreme, moderate], torch.zeros(5, OBS_DIM), 2, args)
+    torch.testing.assert_close(mean, torch.tensor([[[2.5, -2.5], [2.4, -2.4]]] * 5))
+    torch.testing.assert_close(log_std, torch.tensor([[[-1.5, 2.0], [-1.4, 0.0]]] * 5))
 
 
 # ---- guidance inside the update ------------------------------------------------------------------
@@ -303,9 +302,10 @@ def test_no_gradient_reaches_the_sources():
     """Not even where the batch still hangs on the source networks."""
     agent, batch = frozen_agent(), make_batch()
     sources = [cup.Actor(OBS_DIM, ACTION_DIM, (8,)) for _ in range(NUM_SOURCES)]
-    dist = torch.stack([torch.stack(source(batch.obs), dim=1) for source in sources], dim=1)
-    assert not cup.query_sources(sources, batch.obs, agent.args).requires_grad
-    info = run_update(agent, cup.Batch(*batch[:5], *dist.unbind(2)))
+    dists = cup.query_sources(sources, batch.obs, ACTION_DIM, agent.args)
+    assert not any(part.requires_grad for part in dists)
+    dists = (torch.stack(parts, dim=1) for parts in zip(*(source(batch.obs) for source in sources)))
+    info = run_update(agent, cup.Batch(*batch[:5], *dists))
     assert (info["guidance"] < NUM_SOURCES).any()  # some source did guide
     assert all(p.grad is None for source in sources for p in source.parameters())
     assert not any(value.requires_grad for value in info.values())

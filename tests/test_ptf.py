@@ -30,12 +30,11 @@ def make_agent(num_sources: int = 3, **changes) -> ptf.PTF:
     return ptf.PTF(make_args(**changes), OBS_DIM, ACTION_DIM, make_sources(num_sources))
 
 
-def make_batch(agent: ptf.PTF, active: int = -1) -> tuple[cup.Batch, Tensor]:
+def make_batch(agent: ptf.PTF, active: float = -1.0) -> ptf.OptionBatch:
     """Random transitions with the same option active in all."""
     batch = random_batch(BATCH, OBS_DIM, ACTION_DIM)
-    mean, log_std = cup.query_sources(agent.sources.values(), batch.obs, agent.args).unbind(2)
-    batch = batch._replace(source_mean=mean, source_log_std=log_std)
-    return batch, torch.full((BATCH,), active)
+    dists = cup.query_sources(agent.sources.values(), batch.obs, ACTION_DIM, agent.args)
+    return ptf.OptionBatch(*batch[:5], *dists, torch.full((BATCH,), active))
 
 
 def set_termination(agent: ptf.PTF, logit: float) -> None:
@@ -122,20 +121,21 @@ def test_a_source_is_compatible_with_a_fifth_of_its_own_actions():
 def test_only_compatible_and_active_options_learn():
     """Nothing fits and nothing is active: nothing changes. Else the heads of those options do."""
     agent = make_agent(option_lr=1e-2)
-    batch, none = make_batch(agent)
+    batch = make_batch(agent)  # none is active
     alien = batch._replace(source_mean=batch.source_mean + 9)  # no action is near that
     before = [p.clone() for p in agent.options.parameters()]
-    agent.update((alien, none))
+    agent.update(alien)
     assert all(map(torch.equal, before, agent.options.parameters()))
 
-    agent.update((alien, none + 2))  # option 1 is active: its value and its termination
+    # option 1 is active: its value and its termination learn
+    agent.update(alien._replace(option=torch.ones(BATCH)))
     changed = (agent.options.net[-1].bias != before[-1]).tolist()
     assert changed == [False, True, False, False, True, False]
 
     agent = make_agent(option_lr=1e-2)
     fits = torch.stack([alien.source_mean[:, 0], alien.source_mean[:, 1],
                         torch.atanh(batch.action)], dim=1)
-    agent.update((batch._replace(source_mean=fits), none))  # option 2 is compatible: its value
+    agent.update(batch._replace(source_mean=fits))  # option 2 is compatible: its value
     changed = (agent.options.net[-1].bias != before[-1]).tolist()
     assert changed == [False, False, True, False, False, False]
 
@@ -190,7 +190,7 @@ def test_the_imitation_is_the_weighted_kl_from_the_best_option():
     """c f(t) (1 - beta_o(s)) KL(pi_o || pi), o the option of the largest value at s."""
     agent = make_agent(c=2.0, mu=1e-2)
     agent.episodes += 250  # f = (1 + tanh(0.5)) / 2
-    batch, option = make_batch(agent)
+    batch = make_batch(agent)
     with torch.no_grad():
         value, beta = agent.options(batch.obs)
         mean, log_std = agent.actor(batch.obs)
@@ -201,7 +201,7 @@ def test_the_imitation_is_the_weighted_kl_from_the_best_option():
         target = Normal(mean[i], log_std[i].exp())
         kl = kl_divergence(Independent(source, 1), Independent(target, 1))
         loss += 2.0 * 0.7310586 * (1 - beta[i, best]) * kl / BATCH
-    info = agent.update((batch, option))
+    info = agent.update(batch)
     torch.testing.assert_close(info["loss/kl"], loss)
     assert set(info) == set(agent.metrics)
     shares = [info[f"guidance/selected/source-{k}"].item() for k in range(3)]
