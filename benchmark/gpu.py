@@ -64,7 +64,8 @@ def main() -> None:
     about["sources"] = args.num_sources
     envs = {count: cup.make_envs(args.env_id, count, 1) for count in args.num_envs}
     for compiled in (False, True):
-        agent = make_agent(args.num_sources, compiled, "cuda" if args.cuda else "cpu")
+        device = "cuda" if args.cuda else "cpu"
+        agent = make_agent(args.num_sources, device, compile=compiled)
         for count in args.num_envs:
             for updates in args.updates:
                 run(agent, envs[count], updates, args.steps // 3)

@@ -10,8 +10,9 @@
 - study-K: steps/s in all of K runs side by side, with cup.py's own settings, one thread each
 - update-N, products: ms of an update with N sources, and of the matrix products of one without
 
-With -compiled it is cup.py --compile. Every number is measured in a process of its own, in turn
-with the others, and is a row of speed.csv; speed.md has the medians and their ratios.
+With -plain it is cup.py --no-second-look, with -compiled --compile. Every number is measured in a
+process of its own, in turn with the others, and is a row of speed.csv; speed.md has the medians and
+their ratios.
 """
 
 import dataclasses
@@ -37,11 +38,13 @@ import cup
 from benchmark.transfer import read_csv, update_csv
 
 CORES = sorted(os.sched_getaffinity(0))
-OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", f"study-{len(CORES)}"]
+OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", "update-3-plain"]
+OURS += [f"study-{len(CORES)}"]
 OURS += [f"{name}-compiled" for name in OURS]
 BASELINES = ("multipolar", "mamba", "ptf", "haar")
 RATIOS = [("cup-0", "sb3"), ("cup-3", "sb3"), ("cup-0", "sbx"), ("cup-3", "sbx")]
 RATIOS += [("cup-3", "cup-0"), ("cup-3", "cup-6"), ("update-0", "products")]
+RATIOS += [("update-3", "update-3-plain")]
 RATIOS += [(name, "cup-0") for name in BASELINES]
 PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
 ABOUT = ["run", "machine", "versions", "threads", "steps"]
@@ -64,17 +67,17 @@ class Args:
 
 def measure(name: str, args: Args) -> float:
     torch.set_num_threads(args.threads)
-    compiled = name.endswith("-compiled")
-    kind, _, number = name.removesuffix("-compiled").partition("-")
-    flags = ["--compile"] * compiled
+    kind, *variant = name.split("-")
+    compiled, plain = "compiled" in variant, "plain" in variant
+    flags = ["--compile"] * compiled + ["--no-second-look"] * plain
     if kind == "study":
-        return cup_rate(args, int(number), "3", ["--threads", "1", *flags])
+        return cup_rate(args, int(variant[0]), "3", ["--threads", "1", *flags])
     if kind in ("cup", *BASELINES):
         flags += ["--num-envs", "1", "--utd-ratio", "1", "--threads", str(args.threads)]
         script = "cup.py" if kind == "cup" else f"baselines/{kind}.py"
-        return cup_rate(args, 1, number or "3", flags, script)
+        return cup_rate(args, 1, variant[0] if variant else "3", flags, script)
     if kind == "update":
-        return update_time(int(number), compiled)
+        return update_time(int(variant[0]), compiled=compiled, second_look=not plain)
     return products_time() if kind == "products" else peer_rate(args, kind)
 
 
@@ -111,10 +114,10 @@ def peer_rate(args: Args, name: str) -> float:
     return args.steps / (time.perf_counter() - start)
 
 
-def make_agent(num_sources: int, compiled: bool, device: str = "cpu") -> cup.Agent:
+def make_agent(num_sources: int, device: str = "cpu", **settings) -> cup.Agent:
     """With random sources and a full replay buffer, for a Meta-World task."""
-    settings = {"sources": (), "num_random_sources": num_sources, "buffer_size": 10_000}
-    args = cup.Args("push-v2", cuda=device == "cuda", compile=compiled, **settings)
+    settings |= {"sources": (), "num_random_sources": num_sources, "buffer_size": 10_000}
+    args = cup.Args("push-v2", cuda=device == "cuda", **settings)
     sources = cup.load_sources(args, OBS_DIM, ACTION_DIM)
     sources = {name: actor.to(device) for name, actor in sources.items()}
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources, device)
@@ -124,9 +127,9 @@ def make_agent(num_sources: int, compiled: bool, device: str = "cpu") -> cup.Age
     return agent
 
 
-def update_time(num_sources: int, compiled: bool) -> float:
+def update_time(num_sources: int, compiled: bool, second_look: bool) -> float:
     torch.set_flush_denormal(True)  # as in cup.py's train
-    agent = make_agent(num_sources, compiled)
+    agent = make_agent(num_sources, compile=compiled, second_look=second_look)
     times = timeit.repeat(lambda: agent.update(agent.buffer.sample(256)), number=1, repeat=220)
     return 1e3 * statistics.median(times[20:])  # the first ones warm up
 
@@ -161,7 +164,7 @@ def table(rows: list[dict[str, str]]) -> str:
     for what, unit in dict.fromkeys((row["what"], row["unit"]) for row in rows):
         numbers = [median.get((what, run)) for run in about]
         lines.append([f"{what}, {unit}", *(f"{x:.4g}" if x else "" for x in numbers)])
-    for a, b in RATIOS + [(f"{a}-compiled", b + "-compiled" * (b[:3] == "cup")) for a, b in RATIOS]:
+    for a, b in RATIOS + [(f"{a}-compiled", b + "-compiled" * ("-" in b)) for a, b in RATIOS]:
         pairs = [(median.get((a, run)), median.get((b, run))) for run in about]
         if any(all(pair) for pair in pairs):
             lines.append([f"{a} ÷ {b}", *(f"{x / y:.2f}" if x and y else "" for x, y in pairs)])

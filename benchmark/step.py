@@ -38,7 +38,7 @@ class Args:
 def parts_of_a_step(args: Args, num_sources: int, compiled: bool) -> dict[str, float]:
     """Mean ms of each part."""
     envs = cup.make_envs(args.env_id, 1, 1)
-    agent = make_agent(num_sources, compiled)
+    agent = make_agent(num_sources, compile=compiled)
     obs, seconds = torch.as_tensor(envs.reset()[0]), Counter()
     for step in range(100 + args.steps):
         if step == 100:
