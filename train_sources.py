@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,24 +117,32 @@ def train(args: Args, env_id: str) -> Iterator[None]:
         process.wait()
 
 
-def clone_controller(args: Args, env_id: str, episodes: int = 100, updates: int = 10_000) -> None:
-    """Write a source that imitates the controller which Meta-World ships for a task.
-
-    The actions taken are noisy, so that states around the controller's path are seen. Those to
-    learn are the controller's own, by their likelihood under the actor's Gaussian before the tanh.
-    """
+def metaworld_controller(env_id: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The controller that Meta-World ships for a task: obs (obs_dim,) -> action (action_dim,)."""
     from metaworld.policies import ENV_POLICY_MAP
 
     name = re.sub("-v2$", "-v3", env_id)
     if name not in ENV_POLICY_MAP:
         raise cup.UserError(f"Meta-World has no controller for {env_id!r}")
-    controller, generator = ENV_POLICY_MAP[name](), np.random.default_rng(args.seed)
+    return ENV_POLICY_MAP[name]().get_action
+
+
+def clone_controller(
+    args: Args, env_id: str, controller: Callable[[np.ndarray], np.ndarray], episodes: int = 100,
+    updates: int = 10_000,
+) -> None:
+    """Write a source that imitates a controller.
+
+    The actions taken are noisy, so that states around the controller's path are seen. Those to
+    learn are the controller's own, by their likelihood under the actor's Gaussian before the tanh.
+    """
+    generator = np.random.default_rng(args.seed)
     observations, actions = [], []
     with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 0))) as env:
         for _ in range(episodes):
             (obs, _), done = env.reset(), False
             while not done:
-                action = controller.get_action(obs.astype(np.float64)).clip(-1, 1)
+                action = controller(obs.astype(np.float64)).clip(-1, 1)
                 observations.append(obs)
                 actions.append(action)
                 noisy = action + 0.3 * generator.standard_normal(len(action))
@@ -169,7 +177,7 @@ def main() -> None:
             rate = cup.load_policy(path).about["success_rate"]
             print(f"finished: {path}, success {rate:.0%}", flush=True)
         elif args.from_controller:
-            clone_controller(args, env_id)
+            clone_controller(args, env_id, metaworld_controller(env_id))
         else:
             waiting.append(train(args, env_id))
     try:

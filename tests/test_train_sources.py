@@ -174,7 +174,8 @@ def test_a_controller_becomes_a_source(tmp_path):
     """For this task a fraction of the episodes and updates will do."""
     torch.manual_seed(1)
     args = script.Args(output_dir=tmp_path, test_episodes=4)
-    script.clone_controller(args, "drawer-close-v2", episodes=5, updates=1000)
+    controller = script.metaworld_controller("drawer-close-v2")
+    script.clone_controller(args, "drawer-close-v2", controller, episodes=5, updates=1000)
     actor = cup.load_policy(tmp_path / "drawer-close-v2.pt")
     assert actor.about["env_id"] == "drawer-close-v2"
     assert actor.about["step"] == 5 * 500

@@ -1,0 +1,63 @@
+"""benchmark/fetch: another family of environments, with sources from training and from a script."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from program import SMALL, call_cup, metrics
+
+import cup
+import train_sources
+
+FOLDER = Path(__file__).parents[1] / "benchmark" / "fetch"
+
+
+@pytest.fixture(autouse=True)
+def fetch(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return pytest.importorskip("fetch")
+
+
+def observations(env_id: str, steps: int = 20) -> np.ndarray:
+    env = cup.make_env(f"fetch:{env_id}", 1)
+    seen = [env.reset()[0]]
+    for _ in range(steps):
+        seen.append(env.step(env.action_space.sample())[0])
+    return np.array(seen)
+
+
+def test_the_tasks_have_one_observation_space(fetch):
+    """At the same place in it lies the same thing; of an object Reach knows nothing."""
+    reach, push = observations("Reach-v0"), observations("Push-v0")
+    assert reach.shape == push.shape == observations("PickAndPlace-v0").shape == (21, 31)
+    assert np.array_equal(push[:, :3], push[:, 9:12])
+    np.testing.assert_allclose(push[:, 12:15], push[:, 9:12] - push[:, 6:9], atol=1e-6)
+    unseen = (reach == 0).all(axis=0)
+    assert [*np.flatnonzero(unseen)] == [0, 1, 2, *range(9, 15), *range(17, 26)]
+    inside = np.abs(reach[:, 6:9] - push[0, 6:9]).max(axis=0)  # the hand, in metres
+    assert (inside < 0.5).all()
+
+
+def test_the_controller_pushes(fetch):
+    env, wins = cup.make_env("fetch:Push-v0", 1), []
+    for _ in range(10):
+        obs, done = env.reset()[0], False
+        while not done:
+            obs, _, terminated, truncated, info = env.step(fetch.push(obs))
+            done = terminated or truncated
+        wins.append(info["success"])
+    assert np.mean(wins) >= 0.7  # 0.8 of 30
+
+
+def test_a_clone_of_it_is_a_source_for_another_task(fetch, tmp_path):
+    torch.manual_seed(1)
+    args = train_sources.Args(output_dir=tmp_path, test_episodes=4)
+    train_sources.clone_controller(args, "fetch:Push-v0", fetch.push, episodes=5, updates=50)
+    run_dir = tmp_path / "run"
+    flags = ["--sources", tmp_path / "fetch:Push-v0.pt", "--total-timesteps", 200, *SMALL]
+    result = call_cup("--env-id", "fetch:PickAndPlace-v0", "--run-dir", run_dir, *flags)
+    assert result.returncode == 0, result.stderr
+    last = metrics(run_dir)[-1]
+    assert 0 < float(last["guidance/selected/fetch:Push-v0"]) <= 1
+    assert float(last["eval/success_rate"]) in (0, 0.5, 1)
