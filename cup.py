@@ -451,10 +451,11 @@ class Batch(NamedTuple):
     source_log_std: Tensor  # (batch, n, action_dim)
 
 
-class ReplayBuffer:
+class ReplayBuffer(nn.Module):
     """The replay buffer D: `columns` is a preallocated `Batch`, of which `size` rows are in use."""
 
     def __init__(self, capacity: int, shapes: Batch, device="cpu"):
+        super().__init__()
         # `type(shapes)`: another method may have other columns
         self.columns = type(shapes)(*(torch.empty(capacity, *x, device=device) for x in shapes))
         self.capacity, self.size, self.position = capacity, 0, 0
@@ -476,12 +477,13 @@ class ReplayBuffer:
         """All states in it, (size, obs_dim)."""
         return self.columns.obs[: self.size]
 
-    def state_dict(self) -> dict:
+    def get_extra_state(self) -> dict:
+        """Its part of `Agent.state_dict`, which so is all there is to go on with."""
         # by way of numpy, or torch would save the unused rows as well
         columns = [torch.from_numpy(x.cpu().numpy()[: self.size]) for x in self.columns]
         return {"columns": columns, "position": self.position}
 
-    def load_state_dict(self, state: dict) -> None:
+    def set_extra_state(self, state: dict) -> None:
         self.size, self.position = len(state["columns"][0]), state["position"]
         for column, values in zip(self.columns, state["columns"], strict=True):
             column[: self.size] = values
@@ -603,11 +605,10 @@ class Agent(nn.Module):
             for name, rho in zip(self.sources, self.rho.clone()):
                 info[f"guidance/rho/{name}"] = rho
             if args.second_look:
-                rho = second_look(
+                self.rho.copy_(second_look(  # for the next update
                     self.target_critic.min_q, batch.obs, mean, log_std, noise, entropy_weight,
                     states, self.looks,
-                )
-                self.rho.copy_(rho)  # for the next update
+                ))
             info["loss/kl"] = kl_loss.detach()
             info["guidance/weight"] = states["weight"].mean()
             info["guidance/kl"] = states["kl"].mean()
@@ -634,13 +635,6 @@ class Agent(nn.Module):
         """Fix how the networks see observations, by the states in the replay buffer."""
         for network in (self.actor, self.critic, self.target_critic):
             network.standardize.fit(self.buffer.obs())
-
-    def get_extra_state(self) -> dict:
-        """Part of `state_dict`, so that it is all there is to go on with."""
-        return {"buffer": self.buffer.state_dict()}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.buffer.load_state_dict(state["buffer"])
 
 
 # ---- policy files --------------------------------------------------------------------------------

@@ -229,14 +229,12 @@ class Mamba(cup.Agent):
     def get_extra_state(self) -> dict:
         ours = {name: getattr(self, name) for name in self.BOOKKEEPING}
         ours["generator"] = self.generator.get_state()
-        return super().get_extra_state() | {"mamba": ours}
+        return ours
 
     def set_extra_state(self, state: dict) -> None:
-        ours = state["mamba"]
-        self.generator.set_state(ours["generator"])
+        self.generator.set_state(state["generator"])
         for name in self.BOOKKEEPING:
-            setattr(self, name, ours[name])
-        super().set_extra_state(state)
+            setattr(self, name, state[name])
 
 
 if __name__ == "__main__":

@@ -221,11 +221,10 @@ class PTF(cup.Agent):
             network.standardize.fit(self.buffer.obs())
 
     def get_extra_state(self) -> dict:
-        return super().get_extra_state() | {"generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state()}
 
     def set_extra_state(self, state: dict) -> None:
         self.generator.set_state(state["generator"])
-        super().set_extra_state(state)
 
 
 if __name__ == "__main__":

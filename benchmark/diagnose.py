@@ -59,7 +59,7 @@ def load_agent(run_dir: Path) -> tuple[cup.Agent, dict]:
     except Exception as error:  # whatever is wrong with the file
         raise cup.UserError(f"{run_dir} has no checkpoint with sources ({error!r})") from error
     args = cup.Args(**checkpoint["args"] | {"cuda": False})
-    args.buffer_size = len(state["_extra_state"]["buffer"]["columns"][0])  # as much as there is
+    args.buffer_size = len(state["buffer._extra_state"]["columns"][0])  # as much as there is
     agent = cup.Agent(args, *sizes, {name: cup.build_actor(x) for name, x in sources.items()})
     agent.load_state_dict(state)
     return agent, checkpoint

@@ -40,7 +40,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
     assert finish(process).returncode == -signal.SIGKILL
     checkpoint = checkpoint_of(killed)
     if name == "mamba":  # a source has taken over
-        assert any(len(path) for path in checkpoint["agent"]["_extra_state"]["mamba"]["paths"])
+        assert any(len(path) for path in checkpoint["agent"]["_extra_state"]["paths"])
     resumed = call_cup(*arguments, "--run-dir", killed, "--resume", classes=CLASSES[name])
     assert resumed.returncode == 0, resumed.stderr
     assert same_result(whole, killed)

@@ -71,9 +71,9 @@ def test_it_holds_the_latest_transitions_and_samples_them_uniformly():
 def test_its_state_is_the_used_rows_and_where_it_goes_on(count: int):
     buffer, other = make_buffer(10), make_buffer(10)
     buffer.add(transitions(0, count))
-    state = buffer.state_dict()
+    state = buffer.get_extra_state()
     assert [len(column) for column in state["columns"]] == [min(count, 10)] * len(SHAPES)
-    other.load_state_dict(copy.deepcopy(state))
+    other.set_extra_state(copy.deepcopy(state))
     for one in (buffer, other):
         one.add(transitions(count, 3))
     assert (other.size, other.position) == (buffer.size, buffer.position)

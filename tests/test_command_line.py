@@ -107,8 +107,8 @@ def test_cup_begins_as_sac_does_and_without_guidance_is_sac(pendulum, tmp_path, 
     rows, buffers = [], []
     for name, flags in {"cup": guided, "sac": ["--sources"]}.items():
         assert call_cup(*typed, *flags, "--run-dir", tmp_path / name).returncode == 0
-        buffer = checkpoint_of(tmp_path / name)["agent"]["_extra_state"]["buffer"]
-        buffers.append(buffer["rows"][:, : 3 + 3 + 1 + 2])
+        columns = checkpoint_of(tmp_path / name)["agent"]["buffer._extra_state"]["columns"]
+        buffers.append(torch.cat([x.flatten(1) for x in columns[:3]], dim=1))  # s, s', a
         rows.append(metrics(tmp_path / name))
     shared = [{name: ours[name] for name in theirs} for ours, theirs in zip(*rows, strict=True)]
     assert same_policy(tmp_path / "cup", tmp_path / "sac") == (same is not None)

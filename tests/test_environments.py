@@ -173,21 +173,20 @@ def test_what_the_random_steps_do_not_show_is_seen_later_and_ignored_if_never(tm
             assert agent[f"{network}.standardize.scale"][2:].tolist() == [1, 1]
 
 
-def transitions(tmp_path, env_id, obs_dim):
+def transitions(tmp_path, env_id):
     """States, next states, terminations (step, environment, ...) of 2 x 300 random steps in a run,
     and where the next transition does not go on from there, as a new episode began.
     """
     typed = ["--env-id", env_id, "--sources", *SMALL, "--run-dir", tmp_path / "run"]
     result = call_cup(*typed, "--total-timesteps", 602, "--learning-starts", 600)
     assert result.returncode == 0, result.stderr
-    rows = checkpoint_of(tmp_path / "run")["agent"]["_extra_state"]["buffer"]["rows"]
-    columns = rows.unflatten(0, (301, 2)).split([obs_dim, obs_dim, 1, 1, 1], dim=2)
-    obs, next_obs, _, _, terminated = columns
-    return obs, next_obs, terminated.squeeze(2), (next_obs[:-1] != obs[1:]).any(dim=2)
+    columns = checkpoint_of(tmp_path / "run")["agent"]["buffer._extra_state"]["columns"]
+    obs, next_obs, _, _, terminated, *_ = (column.unflatten(0, (301, 2)) for column in columns)
+    return obs, next_obs, terminated, (next_obs[:-1] != obs[1:]).any(dim=2)
 
 
 def test_terminations_are_honoured(tmp_path):
-    _, next_obs, terminated, restarts = transitions(tmp_path, "InvertedPendulum-v5", 4)
+    _, next_obs, terminated, restarts = transitions(tmp_path, "InvertedPendulum-v5")
     fallen = next_obs[:, :, 1].abs() > 0.2  # the task's own criterion, on the last state
     assert fallen.sum() > 10
     assert ((terminated == 1) == fallen).all()
@@ -195,7 +194,7 @@ def test_terminations_are_honoured(tmp_path):
 
 
 def test_time_limits_are_no_terminations(tmp_path):
-    obs, next_obs, terminated, restarts = transitions(tmp_path, "Pendulum-v1", 3)
+    obs, next_obs, terminated, restarts = transitions(tmp_path, "Pendulum-v1")
     assert not terminated.any()
     assert restarts.nonzero().tolist() == [[199, 0], [199, 1]]
     # the transition leads to the state the episode stopped in: half a turn at most away
