@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -422,7 +422,7 @@ def second_look(
 
 @torch.no_grad()
 def query_sources(
-    sources: Iterable[Actor], obs: Tensor, action_dim: int, args: Args
+    sources: Collection[Actor], obs: Tensor, action_dim: int, args: Args
 ) -> tuple[Tensor, Tensor]:
     """Mean and log-std (batch, n, action_dim) of the n sources at obs (batch, obs_dim).
 
@@ -478,7 +478,7 @@ class ReplayBuffer(nn.Module):
         return self.columns.obs[: self.size]
 
     def get_extra_state(self) -> dict:
-        """Its part of `Agent.state_dict`, which so is all there is to go on with."""
+        """What `Agent.state_dict` holds of it: the rows in use, and where it goes on."""
         # by way of numpy, or torch would save the unused rows as well
         columns = [torch.from_numpy(x.cpu().numpy()[: self.size]) for x in self.columns]
         return {"columns": columns, "position": self.position}

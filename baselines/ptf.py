@@ -95,17 +95,8 @@ def termination_advantage(next_value: Tensor, xi: float | None) -> Tensor:
     return next_value - best[:, :1] + margin
 
 
-class OptionBatch(NamedTuple):
-    """What `cup.Batch` has, and the option that was active."""
-
-    obs: Tensor  # (batch, obs_dim)
-    next_obs: Tensor  # (batch, obs_dim)
-    action: Tensor  # (batch, action_dim)
-    reward: Tensor  # (batch,)
-    terminated: Tensor  # (batch,)
-    source_mean: Tensor  # (batch, n, action_dim)
-    source_log_std: Tensor  # (batch, n, action_dim)
-    option: Tensor  # (batch,), -1 for none
+# what `cup.Batch` has, and the option (batch,) that was active, as a float; -1 for none
+OptionBatch = NamedTuple("OptionBatch", [*cup.Batch.__annotations__.items(), ("option", Tensor)])
 
 
 class PTF(cup.Agent):
