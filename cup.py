@@ -532,16 +532,10 @@ class Agent(nn.Module):
         state, dist = (obs_dim,), (len(sources), action_dim)
         shapes = Batch(state, state, (action_dim,), (), (), dist, dist)
         self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
-        self.metrics = ["loss/critic", "loss/actor", "alpha", "entropy"]  # what `update` returns
-        if sources:
-            self.candidates = [*sources, "target"]
-            self.metrics += ["loss/kl", "guidance/weight", "guidance/kl"]
-            self.metrics += [f"guidance/selected/{name}" for name in self.candidates]
-            self.metrics += [f"guidance/advantage/{name}" for name in self.candidates]
-            self.metrics += [f"guidance/rho/{name}" for name in sources]
-            self.register_buffer("looks", torch.zeros(2, len(self.candidates), device=device))
-            rho = 0.0 if args.second_look else 1.0  # nothing counts before a second look, or all
-            self.register_buffer("rho", torch.full_like(self.looks[0], rho))
+        self.candidates = [*sources, "target"]
+        self.register_buffer("looks", torch.zeros(2, len(self.candidates), device=device))
+        rho = 0.0 if args.second_look else 1.0  # nothing counts before a second look, or all
+        self.register_buffer("rho", torch.full_like(self.looks[0], rho))
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
             torch._inductor.config.fallback_random = True  # the random numbers stay the same
@@ -726,9 +720,9 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
 @torch.no_grad()
 def evaluate(
     actor: Actor, envs: gym.vector.SyncVectorEnv, episodes: int, first_episode: int = 0,
-    sample: bool = False, stop: Event | None = None,
+    sample: bool = False,
 ) -> np.ndarray:
-    """Return and success (2, episodes) of the mean action, or of sampled ones, unless stopped.
+    """Return and success (2, episodes) of the mean action, or of sampled ones.
 
     `first_episode` chooses the goals. Every environment plays a fixed share of the episodes, so
     that short ones do not crowd out long ones.
@@ -738,7 +732,7 @@ def evaluate(
     for env in envs.envs:
         env.start_at = (first_episode, ())
     obs, _ = envs.reset()
-    while any(todo) and not (stop and stop.is_set()):
+    while any(todo):
         mean, log_std = actor(torch.as_tensor(obs, device=device))
         noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
         action, _ = squash(mean, log_std, noise)
@@ -773,34 +767,26 @@ def load_checkpoint(args: Args, run_dir: Path) -> dict:
 class Run:
     """What a run logs: metrics.csv, TensorBoard, Weights & Biases, and a line of progress."""
 
-    def __init__(self, args: Args, run_dir: Path, metrics: list[str], checkpoint: dict):
+    def __init__(self, args: Args, run_dir: Path, checkpoint: dict):
         self.rows, self.wandb_id = checkpoint.get("rows", []), checkpoint.get("wandb_id")
-        self.total_timesteps, self.tensorboard = args.total_timesteps, None
-        if args.track:
-            import wandb
+        self.run_dir, self.total_timesteps, self.tensorboard = run_dir, args.total_timesteps, None
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
         if args.track:
+            import wandb
             about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
             wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
             self.wandb_id = wandb.run.id
         if args.tensorboard or args.track:
             self.tensorboard = SummaryWriter(run_dir, purge_step=self.last("step") + 1)
         self.start = time.time() - self.last("time/seconds")
-        columns = ["step", "time/seconds", "time/steps_per_second", "train/return"]
-        columns += ["train/success_rate", "eval/return", "eval/success_rate", *metrics]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.file = open(run_dir / "metrics.csv", "w", newline="")
-        self.csv = csv.DictWriter(self.file, columns)
-        self.csv.writeheader()
-        self.csv.writerows(self.rows)  # of the checkpoint; what came after it comes again
 
     def last(self, name: str) -> float:
         """A value of the last row."""
         return self.rows[-1][name] if self.rows else 0
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Write a row. Raises UserError for a loss that is not finite."""
+        """Add a row. Raises UserError for a loss that is not finite."""
         for name, value in row.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
@@ -809,8 +795,12 @@ class Run:
         row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.rows.append(row)
-        self.csv.writerow(row)
-        self.file.flush()
+        partial = self.run_dir / "metrics.tmp"
+        with open(partial, "w", newline="") as file:  # all rows: the new one may bring a column
+            table = csv.DictWriter(file, dict.fromkeys(name for row in self.rows for name in row))
+            table.writeheader()
+            table.writerows(self.rows)
+        partial.replace(self.run_dir / "metrics.csv")
         if self.tensorboard:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -842,7 +832,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     stop = Event()
 
     def on_signal(number, _):
-        stop.set()  # after the present step; a second signal ends the run at once
+        stop.set()  # after the present step or evaluation; a second signal ends the run at once
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
@@ -870,7 +860,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         for env, (episode, actions) in zip(envs.envs, checkpoint["episodes"], strict=True):
             env.start_at = (episode, np.array(actions, np.float32))
     obs = torch.as_tensor(envs.reset()[0], device=device)
-    run = Run(args, run_dir, agent.metrics, checkpoint)
+    run = Run(args, run_dir, checkpoint)
+    run_dir.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
     about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -897,9 +888,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             row, last = {}, step >= args.total_timesteps
             if step > run.last("step") and (last or due(args.eval_interval)):
                 # the step as first episode's number: new goals for every evaluation
-                scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step, stop=stop)
-                if stop.is_set():
-                    break  # the evaluation was cut short; the resumed run makes it anew
+                scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
                 row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
             if step > run.last("step") and (row or due(args.log_interval)):
                 if recent:

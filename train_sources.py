@@ -98,12 +98,12 @@ def train(args: Args, env_id: str) -> Iterator[None]:
         while True:
             ended = process.poll() is not None  # asked before its last rows are read
             lines = metrics.read_text().splitlines() if metrics.exists() else []
-            rows = [row for row in csv.DictReader(lines) if row["eval/return"]]
+            rows = [row for row in csv.DictReader(lines) if row.get("eval/return")]
             step = int(rows[-1]["step"]) if rows else 0
             if ended and (process.returncode != 0 or step < args.total_timesteps):
                 raise cup.UserError(f"{env_id} stopped at step {step:,}: cup.py says why, above")
             # a task that knows no success has none in its rows
-            recent = [float(row["eval/success_rate"] or 0) for row in rows[-args.patience :]]
+            recent = [float(row.get("eval/success_rate") or 0) for row in rows[-args.patience :]]
             ready = len(recent) == args.patience and np.mean(recent) >= args.target_success
             if ended or (ready and step > tested_at):
                 tested_at = step

@@ -131,8 +131,6 @@ class HAAR(cup.Agent):
         self.widths = [obs_dim, obs_dim, action_dim, 1, 1]  # s, s', a, r, z of a step
         shape = args.num_envs, args.k, sum(self.widths)
         self.register_buffer("steps", torch.zeros(shape, device=device))
-        self.metrics += ["loss/high_critic", "loss/high_actor", "high/alpha", "high/entropy"]
-        self.metrics += ["high/value", "low/reward", *(f"skill/selected/{k}" for k in sources)]
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps) -> Tensor:

@@ -106,9 +106,6 @@ class Mamba(cup.Agent):
         # the factor of V^k(last_obs), V^k(obs) before it learnt from this roll-out
         self.rollouts = [torch.empty(0, 2 * obs_dim + 3) for _ in sources]
         self.logged = {}  # scalars that `update` returns beside SAC's
-        self.metrics += ["train/learner_return", "loss/value"]
-        for kind in ("explained_variance", "largest"):
-            self.metrics += [f"value/{kind}/{name}" for name in sources]
 
     # ------------------------------------ roll-in and roll-out ------------------------------------
 

@@ -79,7 +79,6 @@ class Multipolar(cup.Agent):
         self.actor = actor
         self.actor_optimizer = cup.Adam(actor.parameters(), args.policy_lr)
         self.theta_names = [f"theta/{name}/{i}" for name in sources for i in range(action_dim)]
-        self.metrics += self.theta_names
 
     def update(self, batch: cup.Batch, guide: bool = True) -> dict[str, Tensor]:
         """SAC's update. Returns its scalars and every theta, by source and action dimension."""

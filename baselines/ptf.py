@@ -116,10 +116,6 @@ class PTF(cup.Agent):
         # the active option of every environment; none while the actions are random
         self.register_buffer("active", torch.full((args.num_envs,), -1))
         self.register_buffer("episodes", torch.tensor(0))
-        self.metrics = ["loss/critic", "loss/actor", "loss/kl", "loss/option", "loss/termination"]
-        self.metrics += ["alpha", "entropy", "guidance/weight", "guidance/kl", "option/termination"]
-        for kind in ("guidance/selected", "option/match"):
-            self.metrics += [f"{kind}/{name}" for name in sources]
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps) -> Tensor:

@@ -182,7 +182,7 @@ def collect(args: Args) -> None:
             settings = json.loads((path / "args.json").read_text())["args"]
             settings["sources"] = " ".join(Path(source).stem for source in settings["sources"])
             about |= {"tag": tag[0]} | {name: settings.get(name, "") for name in TUNED}
-        for row in (row for row in rows if row["eval/return"]):
+        for row in (row for row in rows if row.get("eval/return")):
             scores = {title: short([row.get(column)]) for title, column in TUNING.items()}
             (tuning if tag else curves).append(about | {"step": row["step"]} | scores)
         selections += selection(about, rows) if method == "cup" and not tag else []

@@ -75,7 +75,8 @@ def call_cup(*arguments, classes=()) -> subprocess.CompletedProcess:
 def started_run(run_dir: Path, *arguments, rows: int = 0, **options) -> subprocess.Popen:
     """A run that has written a checkpoint and some rows of metrics.csv, and is on its way."""
     process, end = start_cup(*arguments, "--run-dir", run_dir, **options), time.monotonic() + 120
-    while not (run_dir / "checkpoint.pt").exists() or len(steps(run_dir)) < rows:
+    files = run_dir / "checkpoint.pt", run_dir / "metrics.csv"
+    while not all(file.exists() for file in files) or len(steps(run_dir)) < rows:
         assert process.poll() is None and time.monotonic() < end, finish(process).stderr
         time.sleep(0.005)
     return process

@@ -45,8 +45,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
     assert resumed.returncode == 0, resumed.stderr
     assert same_result(whole, killed)
 
-    last = metrics(whole)[-1]
-    assert {name for name in last if not last[name]} == {"train/success_rate", "eval/success_rate"}
+    assert all(metrics(whole)[-1].values())
     if name in OWN_POLICY:
         assert OWN_POLICY[name] in weights(whole)
         with pytest.raises(cup.UserError, match="not a policy file"):

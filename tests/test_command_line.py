@@ -79,7 +79,7 @@ def test_outputs_of_a_run(pendulum):
     assert [int(row["step"]) for row in rows if row["eval/return"]] == [500, 1000]
     # two environments: their first episodes, of 200 steps each, end at step 400
     assert next(int(row["step"]) for row in rows if row["train/return"]) == 400
-    assert not any(row["train/success_rate"] for row in rows)
+    assert "train/success_rate" not in rows[0]
 
     policy = torch.load(run_dir / "policy.pt", weights_only=True)
     assert (policy["env_id"], policy["step"]) == ("Pendulum-v1", 1000)
@@ -187,7 +187,8 @@ def test_a_run_keeps_its_identity_at_weights_and_biases(tmp_path, loggers):
 @pytest.mark.parametrize("missing", ["wandb", "tensorboard"])
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, loggers, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    if missing == "tensorboard":
+        monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
     monkeypatch.chdir(tmp_path)
     typed = ["--env-id", "Pendulum-v1", "--sources", *SHORT, "--run-dir", "run"]
     result = call_cup(*typed, "--track", "--tensorboard")
