@@ -127,10 +127,7 @@ class HAAR(cup.Agent):
         self.buffer = cup.ReplayBuffer(args.buffer_size, shapes, device)
         # in every environment: the skill, random until `act` chooses, and the segment so far
         self.register_buffer("z", torch.randint(len(sources), (args.num_envs,), device=device))
-        self.register_buffer("length", torch.zeros_like(self.z))
-        self.widths = [obs_dim, obs_dim, action_dim, 1, 1]  # s, s', a, r, z of a step
-        shape = args.num_envs, args.k, sum(self.widths)
-        self.register_buffer("steps", torch.zeros(shape, device=device))
+        self.segments = [[] for _ in range(args.num_envs)]  # of steps s, s', a, r, z
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps) -> Tensor:
@@ -142,28 +139,25 @@ class HAAR(cup.Agent):
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
         """Add a step to every environment's segment; whole segments go to the replay buffer."""
-        row = torch.arange(len(obs), device=obs.device)
-        # another state than the last step led to: a time limit has ended the episode
-        led_to = self.steps[row, self.length - 1].split(self.widths, dim=1)[1]
-        cut = (self.length > 0) & (obs != led_to).any(dim=1)
-        self.close_segments(cut, torch.zeros_like(terminated))
-        scalars = torch.stack([reward, self.z], dim=1)
-        self.steps[row, self.length] = torch.cat([obs, next_obs, action, scalars], dim=1)
-        self.length += 1
-        whole = (self.length == self.args.k) | (terminated == 1)
-        self.close_segments(whole, terminated)
-        self.z = torch.where(whole, torch.randint_like(self.z, len(self.sources)), self.z)
+        for i, step in enumerate(zip(obs, next_obs, action, reward, self.z.float(), strict=True)):
+            # another state than the last step led to: a time limit has ended the episode
+            if self.segments[i] and not torch.equal(obs[i], self.segments[i][-1][1]):
+                self.end_segment(i, terminated=0.0)
+            self.segments[i].append(step)
+            if len(self.segments[i]) == self.args.k or terminated[i]:
+                self.end_segment(i, terminated[i].item())
+                self.z[i] = torch.randint(len(self.sources), ())
 
-    def close_segments(self, which: Tensor, terminated: Tensor) -> None:
-        for index in which.nonzero().flatten():
-            steps = self.steps[index, : self.length[index]]
-            obs, next_obs, action, reward, z = steps.split(self.widths, dim=1)
-            mean_reward, end = reward.mean().expand(len(z)), terminated[index].expand(len(z))
-            first, last = obs[0].expand_as(obs), next_obs[-1].expand_as(obs)
-            is_last = torch.arange(len(z), device=z.device) == len(z) - 1
-            segment = obs, next_obs, action, mean_reward, end, first, last, z.squeeze(1)
-            self.buffer.add(Steps(*segment, is_last.float()))
-            self.length[index] = 0
+    def end_segment(self, i: int, terminated: float) -> None:
+        obs, next_obs, action, reward, z = map(torch.stack, zip(*self.segments[i], strict=True))
+        is_last = torch.zeros_like(z)
+        is_last[-1] = 1
+        self.buffer.add(Steps(
+            obs, next_obs, action, mean_reward=reward.mean().expand_as(z),
+            terminated=torch.full_like(z, terminated), first=obs[0].expand_as(obs),
+            last=next_obs[-1].expand_as(obs), z=z, is_last=is_last,
+        ))
+        self.segments[i] = []
 
     def update(self, batch: Steps, guide: bool = True) -> dict[str, Tensor]:
         """One gradient step of the high level, then one of the low level."""
@@ -223,6 +217,13 @@ class HAAR(cup.Agent):
             theirs, unseen = skill.standardize, skill.standardize.scale == 0
             skill.net[0].weight.data[:, unseen] = 0
             theirs.scale[unseen], theirs.shift[unseen] = ours.scale[unseen], ours.shift[unseen]
+
+    def get_extra_state(self) -> list:
+        return self.segments
+
+    def set_extra_state(self, segments: list) -> None:
+        device = self.z.device
+        self.segments = [[tuple(x.to(device) for x in step) for step in s] for s in segments]
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,23 @@ class Args(cup.Args):
             raise ValueError("MAMBA improves on source policies: name some with --sources")
 
 
+class Visits(NamedTuple):
+    """States of roll-outs, which train V^k on the return discounted + factor V^k(last_obs)."""
+
+    obs: Tensor  # (batch, obs_dim)
+    last_obs: Tensor  # (batch, obs_dim), where the roll-out ended
+    discounted: Tensor  # (batch,), the discounted rewards up to there
+    factor: Tensor  # (batch,), discount factor at last_obs; 0 after a termination
+    forecast: Tensor  # (batch,), V^k(obs) before it learnt from this roll-out
+
+
 class Mamba(cup.Agent):
     """SAC with roll-outs of the sources, with their values, and with another target."""
 
     RECENT_STATES = 1_000  # of a source's roll-outs, for the explained variance of V^k
     # what `get_extra_state` saves beside networks and generator
     BOOKKEEPING = ("source", "switch", "steps", "returns", "paths", "last_length", "num_rollouts",
-                   "learner_returns", "rollouts", "logged")
+                   "learner_returns", "logged")
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
@@ -97,14 +108,14 @@ class Mamba(cup.Agent):
         self.switch = [math.inf] * args.num_envs  # t_e; infinity: the learner acts to the end
         self.steps = [0] * args.num_envs  # steps before the last action
         self.returns = [math.nan] * args.num_envs  # NaN: it began among the random steps
-        # transitions since t_e: obs, next_obs, reward, terminated
-        self.paths = [torch.empty(0, 2 * obs_dim + 2) for _ in range(args.num_envs)]
+        self.paths = [[] for _ in range(args.num_envs)]  # obs, next_obs, r, terminated since t_e
         # ---- the episodes before
         self.last_length, self.num_rollouts = 0, 0
         self.learner_returns = []  # of the last 20
-        # states that train V^k: obs, the roll-out's last_obs, the discounted rewards up to there,
-        # the factor of V^k(last_obs), V^k(obs) before it learnt from this roll-out
-        self.rollouts = [torch.empty(0, 2 * obs_dim + 3) for _ in sources]
+        shapes = Visits((obs_dim,), (obs_dim,), (), (), ())
+        self.visits = nn.ModuleList(
+            cup.ReplayBuffer(args.buffer_size, shapes, device) for _ in sources
+        )
         self.logged = {}  # scalars that `update` returns beside SAC's
 
     # ------------------------------------ roll-in and roll-out ------------------------------------
@@ -139,19 +150,19 @@ class Mamba(cup.Agent):
     def store(self, obs, action, next_obs, reward, terminated) -> None:
         """Put all transitions into the replay buffer, and those since t_e aside for V^k."""
         super().store(obs, action, next_obs, reward, terminated)
-        rows = torch.cat([obs, next_obs, torch.stack([reward, terminated], dim=1)], dim=1).cpu()
         for i, step in enumerate(self.steps):
             self.returns[i] += reward[i].item()
             if step >= self.switch[i]:
-                self.paths[i] = torch.cat([self.paths[i], rows[i : i + 1]])
+                path = obs[i].cpu(), next_obs[i].cpu(), reward[i].item(), terminated[i].item()
+                self.paths[i].append(path)
 
     def end_episode(self, i: int) -> None:
         """Learn from a roll-out, or note the return of an episode that was the learner's."""
         self.last_length = self.steps[i] + 1
-        if len(self.paths[i]):
+        if self.paths[i]:
             self.add_rollout(self.source[i], self.paths[i])
             self.train_value(self.source[i])
-            self.paths[i] = self.paths[i][:0]
+            self.paths[i] = []
         elif not math.isnan(self.returns[i]):
             self.learner_returns = [*self.learner_returns[-19:], self.returns[i]]
             mean_return = sum(self.learner_returns) / len(self.learner_returns)
@@ -159,39 +170,36 @@ class Mamba(cup.Agent):
 
     # ------------------------------------- values of sources -------------------------------------
 
-    def add_rollout(self, k: int, path: Tensor) -> None:
+    def add_rollout(self, k: int, path: list[tuple]) -> None:
         """Put the states of a roll-out of source k among those that train V^k."""
-        obs_dim, gamma = self.actor.obs_dim, self.args.gamma
-        obs, next_obs, reward, terminated = path.split([obs_dim, obs_dim, 1, 1], dim=1)
-        # the return is discounted + factor V^k(last_obs), with no V^k after a termination
-        discounted, factor, columns = 0.0, 1.0 - terminated[-1].item(), []
-        for r in reversed(reward.flatten().tolist()):
-            discounted, factor = r + gamma * discounted, gamma * factor
+        obs, next_obs, rewards, terminated = zip(*path, strict=True)
+        discounted, factor, columns = 0.0, 1.0 - terminated[-1], []
+        for reward in reversed(rewards):
+            discounted, factor = reward + self.args.gamma * discounted, self.args.gamma * factor
             columns.append((discounted, factor))
-        columns = torch.tensor(columns[::-1])
-        forecast = self.values[k](obs.to(self.log_alpha.device)).cpu()
-        rows = torch.cat([obs, next_obs[-1:].expand(len(obs), -1), columns, forecast], dim=1)
-        self.rollouts[k] = torch.cat([self.rollouts[k], rows])[-self.args.buffer_size :]
+        device = self.log_alpha.device
+        obs, last_obs = torch.stack(obs).to(device), next_obs[-1].to(device)
+        discounted, factor = torch.tensor(columns[::-1], device=device).T
+        forecast = self.values[k](obs).squeeze(1)
+        self.visits[k].add(Visits(obs, last_obs.expand_as(obs), discounted, factor, forecast))
 
-    def states_and_returns(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """obs (n, obs_dim), Monte-Carlo return (n, 1), V^k(obs) before it learnt from it (n, 1)."""
-        obs_dim = self.actor.obs_dim
-        widths = [obs_dim, obs_dim, 1, 1, 1]
-        obs, last_obs, discounted, factor, forecast = rows.split(widths, dim=1)
-        with torch.no_grad():
-            return obs, discounted + factor * self.values[k](last_obs), forecast
+    @torch.no_grad()
+    def returns_of(self, k: int, visits: Visits) -> Tensor:
+        """Monte-Carlo returns (batch,) of source k."""
+        return visits.discounted + visits.factor * self.values[k](visits.last_obs).squeeze(1)
 
     @torch.enable_grad()
     def train_value(self, k: int) -> None:
         """Regress V^k on the returns of source k."""
-        rows = self.rollouts[k].to(self.log_alpha.device)
-        _, target, forecast = self.states_and_returns(k, rows[-self.RECENT_STATES :])
-        unexplained, variance = (target - forecast).var(correction=0), target.var(correction=0)
-        explained = 1 - unexplained / variance.clamp(min=1e-8)
+        recent = slice(max(0, self.visits[k].size - self.RECENT_STATES), self.visits[k].size)
+        recent = Visits(*(column[recent] for column in self.visits[k].columns))
+        target = self.returns_of(k, recent)
+        unexplained = (target - recent.forecast).var(correction=0)
+        explained = 1 - unexplained / target.var(correction=0).clamp(min=1e-8)
         for _ in range(self.args.value_updates):
-            index = torch.randint(len(rows), (self.args.batch_size,), generator=self.generator)
-            obs, target, _ = self.states_and_returns(k, rows[index])
-            loss = (self.values[k](obs) - target).square().mean()
+            visits = self.visits[k].sample(self.args.batch_size)
+            error = self.values[k](visits.obs).squeeze(1) - self.returns_of(k, visits)
+            loss = error.square().mean()
             self.value_optimizers[k].minimize(loss)
         self.logged["loss/value"] = loss.item()
         self.logged[f"value/explained_variance/{self.names[k]}"] = explained.item()
@@ -202,7 +210,7 @@ class Mamba(cup.Agent):
     def td_target(self, batch: cup.Batch, alpha: Tensor) -> Tensor:
         """r + gamma (1 - d) [(1 - lambda) f(s') + lambda (soft value of s')], (batch,)."""
         target, lam = super().td_target(batch, alpha), self.args.gae_lambda
-        if not all(len(rows) for rows in self.rollouts):
+        if not all(visits.size for visits in self.visits):
             return target
         values = torch.cat([value(batch.next_obs) for value in self.values], dim=1)  # (batch, K)
         f, largest = values.max(dim=1)
@@ -221,7 +229,7 @@ class Mamba(cup.Agent):
         for value in self.values:
             value[0].fit(self.buffer.obs())
 
-    # ----------------------------------------- checkpoints -----------------------------------------
+    # ---------------------------------------- checkpoints ----------------------------------------
 
     def get_extra_state(self) -> dict:
         ours = {name: getattr(self, name) for name in self.BOOKKEEPING}

@@ -11,7 +11,7 @@ from small_tasks import NUM_ENVS, learn, score, what_is_learnt
 from torch import Tensor, nn
 
 import cup
-from baselines.mamba import Args, Mamba
+from baselines.mamba import Args, Mamba, Visits
 
 OBS_DIM, ACTION_DIM, BATCH = 2, 1, 16
 
@@ -169,7 +169,8 @@ def q_lambda(mdp: MDP, values: list[np.ndarray], policy: np.ndarray, lam: float)
     names = dict.fromkeys(range(len(values)))
     agent = make_agent(names, obs_dim=STATES, gamma=GAMMA, gae_lambda=lam)
     agent.values = nn.ModuleList(map(Table, values))
-    agent.rollouts = [torch.zeros(1, 1)] * len(values)  # they are known
+    for visits in agent.visits:
+        visits.size = 1  # they are known
     n = STATES * ACTIONS * STATES  # all transitions, (s, a, s')
     next_obs = torch.eye(STATES).repeat(STATES * ACTIONS, 1)
     reward = torch.as_tensor(mdp.reward).repeat_interleave(STATES)
@@ -211,6 +212,11 @@ def test_at_lambda_0_following_the_best_source_and_being_greedy_both_improve_on_
 
 
 # ---- roll-in and roll-out ------------------------------------------------------------------------
+def visits_of(agent: Mamba, k: int) -> Visits:
+    """All that have trained V^k."""
+    return Visits(*(column[: agent.visits[k].size] for column in agent.visits[k].columns))
+
+
 def test_from_step_t_e_on_the_source_acts_and_only_those_steps_train_its_value():
     """The first two roll-outs of each source are its own from the beginning on."""
     agent, length = make_agent(rollout_share=1.0, value_updates=1), 12
@@ -231,7 +237,7 @@ def test_from_step_t_e_on_the_source_acts_and_only_those_steps_train_its_value()
                 states += [[episode, step] for step in range(t_e, length)]
                 assert actions[episode][t_e:] == pytest.approx([its_action] * (length - t_e))
             assert not any(abs(abs(x) - PLUS) < 1e-6 for x in actions[episode][:t_e])
-        assert agent.rollouts[k][:, :OBS_DIM].tolist() == states
+        assert agent.visits[k].obs().tolist() == states
     assert "train/learner_return" not in agent.logged
 
 
@@ -251,10 +257,10 @@ def test_half_of_the_episodes_roll_out_uniformly_in_source_and_step():
 def test_returns_are_monte_carlo_and_go_on_after_a_time_limit(terminates: bool):
     agent, length = make_agent(rollout_share=1.0, value_updates=3), 5
     play(agent, episodes=1, length=length, terminates=terminates)
-    obs, returns, _ = agent.states_and_returns(0, agent.rollouts[0])
+    returns = agent.returns_of(0, visits_of(agent, 0))
     after = agent.values[0](torch.tensor([0.0, length])).item()  # as it is now, after training
     assert abs(after) > 0.01
-    assert obs.tolist() == [[0, step] for step in range(length)]
+    assert agent.visits[0].obs().tolist() == [[0, step] for step in range(length)]
     for t in range(length):
         expected = 0.0 if terminates else agent.args.gamma ** (length - t) * after
         for step in range(t, length):
@@ -267,8 +273,9 @@ def test_a_rollout_trains_the_value_of_its_source_alone():
     minus = parameters(agent.values[1])
     play(agent, episodes=1, length=8, terminates=True)
     assert equal(parameters(agent.values[1]), minus)
-    obs, returns, forecast = agent.states_and_returns(0, agent.rollouts[0])
-    error = (agent.values[0](obs) - returns).abs().max()
+    visits = visits_of(agent, 0)
+    returns, forecast = agent.returns_of(0, visits), visits.forecast
+    error = (agent.values[0](visits.obs).squeeze(1) - returns).abs().max()
     assert error < 0.2 * (forecast - returns).abs().max()  # it has learnt
     # the explained variance is of what V^k said before
     explained = 1 - np.var((returns - forecast).numpy()) / np.var(returns.numpy())
