@@ -359,17 +359,17 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
 def guidance_loss(
     critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
     source_mean: Tensor, source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor,
-    alpha: Tensor | float, beta1: float, beta2: float, rho: Tensor, may_widen: bool = True,
+    alpha: Tensor | float, beta1: float, beta2: float, rho: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
     critic(obs, action) is Q without a last axis of its own. obs (batch, obs_dim); mean, log_std
     (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
     log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
-    (batch, n, action_dim); rho (n + 1,), the share of a candidate's advantage that counts in
-    Eq. 12: ones, or see `second_look`; not may_widen: the KL only narrows the policy. Returns the
-    loss, through mean and log_std, and what was found: advantage (batch, n + 1), guidance (an
-    index), weight and kl (batch,), guide_mean and guide_log_std (batch, action_dim), pi_g's own.
+    (batch, n, action_dim); rho (n + 1,) of `second_look`, without which it is Eqs. 11 and 12 as
+    they stand. Returns the loss, through mean and log_std, and what was found: advantage
+    (batch, n + 1), guidance (an index), weight and kl (batch,), guide_mean and guide_log_std
+    (batch, action_dim), pi_g's own.
     """
     with torch.no_grad():
         # the same noise for all candidates: their policies differ, not their luck
@@ -379,12 +379,12 @@ def guidance_loss(
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        confirmed = rho[guidance] * advantage.amax(dim=1)
-        weight = guidance_weight(confirmed, value, beta1, beta2)  # Eq. 12
+        share = 1.0 if rho is None else rho[guidance]  # of the advantage, that is more than luck
+        weight = guidance_weight(share * advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
         row = torch.arange(len(obs), device=obs.device)
         guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
         guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
-    if not may_widen:  # the KL to a wider policy is an entropy bonus, which alpha would fight
+    if rho is not None:  # the KL to a wider policy is an entropy bonus, which alpha would fight
         log_std = torch.where(guide_log_std > log_std, log_std.detach(), log_std)
     kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
     states = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
@@ -534,8 +534,7 @@ class Agent(nn.Module):
         self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
         self.candidates = [*sources, "target"]
         self.register_buffer("looks", torch.zeros(2, len(self.candidates), device=device))
-        rho = 0.0 if args.second_look else 1.0  # nothing counts before a second look, or all
-        self.register_buffer("rho", torch.full_like(self.looks[0], rho))
+        self.register_buffer("rho", torch.zeros_like(self.looks[0]))
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
             torch._inductor.config.fallback_random = True  # the random numbers stay the same
@@ -593,12 +592,12 @@ class Agent(nn.Module):
             kl_loss, states = guidance_loss(
                 self.critic.min_q, batch.obs, mean, log_std, batch.source_mean,
                 batch.source_log_std, noise, q, log_prob, entropy_weight, args.beta1, args.beta2,
-                self.rho, may_widen=not args.second_look,
+                self.rho if args.second_look else None,
             )
             actor_loss = actor_loss + kl_loss
-            for name, rho in zip(self.sources, self.rho.clone()):
-                info[f"guidance/rho/{name}"] = rho
             if args.second_look:
+                for name, rho in zip(self.sources, self.rho.clone()):
+                    info[f"guidance/rho/{name}"] = rho
                 self.rho.copy_(second_look(  # for the next update
                     self.target_critic.min_q, batch.obs, mean, log_std, noise, entropy_weight,
                     states, self.looks,

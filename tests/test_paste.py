@@ -22,7 +22,7 @@ source = load_policy("source.pt")
 GUIDANCE = """\
     source_mean, source_log_std = source(b_obs)  # bounded: see `query_sources`
     dist = source_mean.clamp(-2.5, 2.5)[:, None], source_log_std.clamp(min=-1.5)[:, None]
-    ours, rule = (noise[None], q[None], log_prob[None]), (0.0, 1.0, 0.03, torch.ones(2))
+    ours, rule = (noise[None], q[None], log_prob[None]), (0.0, 1.0, 0.03)
     kl_loss, states = guidance_loss(min_q, b_obs, mean, log_std, *dist, *ours, *rule)
     actor_loss = actor_loss + kl_loss
 """

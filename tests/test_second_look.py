@@ -34,7 +34,6 @@ def first_look(critic, sources, target, obs, noise, alpha=0.0, rho=None) -> tupl
     """`guidance_loss` with beta1 = 2 and no cap."""
     action, log_prob = cup.squash(*(x.detach() for x in target), noise)
     q = critic(obs.expand(len(noise), -1, -1), action)
-    rho = torch.ones(sources[0].shape[1] + 1) if rho is None else rho
     about = noise, q, log_prob, alpha, 2.0, 1e9, rho
     return cup.guidance_loss(critic, obs, *target, *sources, *about)
 
