@@ -763,7 +763,7 @@ def load_checkpoint(args: Args, run_dir: Path) -> dict:
     return checkpoint
 
 
-class Run:
+class Logger:
     """What a run logs: metrics.csv, TensorBoard, Weights & Biases, and a line of progress."""
 
     def __init__(self, args: Args, run_dir: Path, checkpoint: dict):
@@ -859,7 +859,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         for env, (episode, actions) in zip(envs.envs, checkpoint["episodes"], strict=True):
             env.start_at = (episode, np.array(actions, np.float32))
     obs = torch.as_tensor(envs.reset()[0], device=device)
-    run = Run(args, run_dir, checkpoint)
+    logger = Logger(args, run_dir, checkpoint)
     run_dir.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
     about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
@@ -870,7 +870,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         if not all(math.isfinite(value) for value in info.values()):
             return  # the one before is better
         state = {"args": asdict(args), "step": step, "recent": recent[-20:]}
-        state |= {"rows": run.rows, "wandb_id": run.wandb_id}
+        state |= {"rows": logger.rows, "wandb_id": logger.wandb_id}
         state["info"] = {name: float(value) for name, value in info.items()}
         state["agent"] = agent.state_dict()
         state["sources"] = {name: policy_content(actor) for name, actor in sources.items()}
@@ -885,15 +885,16 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         while not stop.is_set():
             # ---- evaluate, log, save
             row, last = {}, step >= args.total_timesteps
-            if step > run.last("step") and (last or due(args.eval_interval)):
+            is_new = step > logger.last("step")  # not so if the checkpoint holds this step's row
+            if is_new and (last or due(args.eval_interval)):
                 # the step as first episode's number: new goals for every evaluation
                 scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
                 row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
-            if step > run.last("step") and (row or due(args.log_interval)):
+            if is_new and (row or due(args.log_interval)):
                 if recent:
                     means = np.mean(recent[-20:], axis=0)
                     row["train/return"], row["train/success_rate"] = means.tolist()
-                run.log(step, row | {name: float(value) for name, value in info.items()})
+                logger.log(step, row | {name: float(value) for name, value in info.items()})
                 info = {}
             if "eval/return" in row:
                 about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
