@@ -71,7 +71,8 @@ class Args:
 
     sources: tuple[str, ...] = SHIPPED  # policy files pi_1 ... pi_n; --sources alone: none, SAC
     num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
-    beta1: float = 10.0  # weight of the guidance KL, beta_1 in Eq. 12
+    # weight of the guidance KL, beta_1 in Eq. 12; it and beta2: benchmark/settings.md
+    beta1: float = 1.0
     beta2: float = 0.03  # cap on the advantage in that weight, as a fraction of |V|: beta_2, Eq. 12
     num_guidance_samples: int = 1  # actions per candidate to estimate its advantage, Eq. 4
     # entropy term in the advantage, Eq. 4; the default leaves it out (Appendix B.3), because while
@@ -79,12 +80,7 @@ class Args:
     soft_advantage: bool = False
     source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
     source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
-    # environment steps before the guidance begins: a young critic misleads, and on hammer the
-    # policy does not recover from that
-    guidance_starts: int = 40_000
-    # weigh sources by what a second look confirms; the paper's rule without it, Eqs. 11 and 12 as
-    # they stand, did best with --no-second-look --beta1 1 --guidance-starts 5000
-    second_look: bool = True
+    guidance_starts: int = 5_000  # environment steps before the guidance begins
 
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
     eval_interval: int = 20_000  # environment steps between evaluations
@@ -359,17 +355,15 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
 def guidance_loss(
     critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
     source_mean: Tensor, source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor,
-    alpha: Tensor | float, beta1: float, beta2: float, rho: Tensor | None = None,
+    alpha: Tensor | float, beta1: float, beta2: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
     critic(obs, action) is Q without a last axis of its own. obs (batch, obs_dim); mean, log_std
     (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
     log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
-    (batch, n, action_dim); rho (n + 1,) of `second_look`, without which it is Eqs. 11 and 12 as
-    they stand. Returns the loss, through mean and log_std, and what was found: advantage
-    (batch, n + 1), guidance (an index), weight and kl (batch,), guide_mean and guide_log_std
-    (batch, action_dim), pi_g's own.
+    (batch, n, action_dim). Returns the loss, through mean and log_std, and what was found:
+    advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
     """
     with torch.no_grad():
         # the same noise for all candidates: their policies differ, not their luck
@@ -379,45 +373,13 @@ def guidance_loss(
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        share = 1.0 if rho is None else rho[guidance]  # of the advantage, that is more than luck
-        weight = guidance_weight(share * advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
+        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
         row = torch.arange(len(obs), device=obs.device)
         guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
         guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
-    if rho is not None:  # the KL to a wider policy is an entropy bonus, which alpha would fight
-        log_std = torch.where(guide_log_std > log_std, log_std.detach(), log_std)
     kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
     states = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
-    states |= {"guide_mean": guide_mean, "guide_log_std": guide_log_std}
     return (weight * kl).mean(), states
-
-
-@torch.no_grad()
-def second_look(
-    target_critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
-    noise: Tensor, alpha: Tensor | float, states: dict[str, Tensor], looks: Tensor,
-) -> Tensor:
-    """rho (n + 1,), in [0, 1]: the share of every source's advantage that is more than luck.
-
-    A source is selected partly by luck, of its one action and of the critic's last steps. So the
-    guidance policy is compared with the target policy again, by other actions and the target
-    critic. `looks` (2, n + 1) holds running means, over some 1,000 updates, of the advantages
-    that each source has by this second look and had by the first; rho is their ratio.
-
-    `states` is what `guidance_loss` returned; the other arguments are as there.
-    """
-    # every fourth state is enough for the running means, and cheap
-    means = torch.stack([states["guide_mean"], mean], dim=1)[::4]  # (batch / 4, 2, action_dim)
-    log_stds = torch.stack([states["guide_log_std"], log_std], dim=1)[::4]
-    noise = noise.roll(1, dims=1)[:, ::4].unsqueeze(2)  # another state's
-    action, log_prob = squash(means, log_stds, noise)
-    q = target_critic(obs[::4].unsqueeze(1).expand(*action.shape[:3], -1), action)
-    again, _ = expected_advantage(q, log_prob, alpha)  # (batch / 4, 2), the target policy's is 0
-    first = states["advantage"][::4].amax(dim=1)
-    selected = F.one_hot(states["guidance"][::4], looks.shape[1])  # (batch / 4, n + 1)
-    looks.lerp_(torch.stack([again[:, 0], first]) @ selected.to(first), 1e-3)
-    rho = (looks[0] / looks[1].clamp(min=1e-8)).clamp(0, 1)  # 0 / 0 for one never selected
-    return rho * (rho > 0.1)  # less is luck as well, and a weight of a hundredth hinders SAC
 
 
 @torch.no_grad()
@@ -533,8 +495,6 @@ class Agent(nn.Module):
         shapes = Batch(state, state, (action_dim,), (), (), dist, dist)
         self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
         self.candidates = [*sources, "target"]
-        self.register_buffer("looks", torch.zeros(2, len(self.candidates), device=device))
-        self.register_buffer("rho", torch.zeros_like(self.looks[0]))
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
             torch._inductor.config.fallback_random = True  # the random numbers stay the same
@@ -592,16 +552,8 @@ class Agent(nn.Module):
             kl_loss, states = guidance_loss(
                 self.critic.min_q, batch.obs, mean, log_std, batch.source_mean,
                 batch.source_log_std, noise, q, log_prob, entropy_weight, args.beta1, args.beta2,
-                self.rho if args.second_look else None,
             )
             actor_loss = actor_loss + kl_loss
-            if args.second_look:
-                for name, rho in zip(self.sources, self.rho.clone()):
-                    info[f"guidance/rho/{name}"] = rho
-                self.rho.copy_(second_look(  # for the next update
-                    self.target_critic.min_q, batch.obs, mean, log_std, noise, entropy_weight,
-                    states, self.looks,
-                ))
             info["loss/kl"] = kl_loss.detach()
             info["guidance/weight"] = states["weight"].mean()
             info["guidance/kl"] = states["kl"].mean()
@@ -815,8 +767,6 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     method = method if agent_class is Agent else agent_class.__name__.lower()
     if args.compile and agent_class is not Agent:
         raise UserError(f"--compile knows the update of cup.py, and not that of {method}: drop it")
-    if method == "cup" and args.guidance_starts > args.total_timesteps:
-        raise UserError("--guidance-starts exceeds --total-timesteps: lower it, or nothing guides")
     name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
     run_dir = Path(args.run_dir or f"runs/{name}")
     checkpoint = load_checkpoint(args, run_dir)
