@@ -44,7 +44,6 @@ class Args(cup.Args):
     # regularisation xi of the termination; by default 0.8 of the gap between the two best options
     xi: float | None = None
     option_lr: float = 5e-4  # learning rate of the option network
-    guidance_starts: int = 5_000  # environment steps before the imitation begins
 
     def __post_init__(self):
         super().__post_init__()

@@ -79,7 +79,6 @@ def guidance_and_pull(agent: cup.Agent, batch: cup.Batch) -> tuple[dict, Tensor]
     kl_loss, states = cup.guidance_loss(
         agent.critic.min_q, batch.obs, mean, log_std, batch.source_mean, batch.source_log_std,
         noise, q, log_prob, alpha if args.soft_advantage else 0.0, args.beta1, args.beta2,
-        agent.rho if args.second_look else None,
     )
     losses = (alpha * log_prob - q).mean(), kl_loss
     gradients = [torch.autograd.grad(loss, mean, retain_graph=True)[0] for loss in losses]

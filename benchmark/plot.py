@@ -3,7 +3,7 @@
     python benchmark/plot.py
 
 transfer.csv gives figure2_success.png, figure2_return.png and transfer.md; selection.csv gives
-figure3.png, figure3_all.png, figure3_rho.png; figure4.csv, by diagnose.py --figure4, figure4.png.
+figure3.png and figure3_all.png; figure4.csv, by diagnose.py --figure4, figure4.png.
 sources/<task>.csv, the metrics.csv of train_sources.py's runs, give sources.png; tuning.csv gives
 tuning.md.
 """
@@ -23,17 +23,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark.transfer import TASKS, read_csv
+from benchmark.transfer import STEPS, TASKS, read_csv
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW = "#E69F00", "#56B4E9", "#F0E442"
 METHODS = {"cup": ("CUP", BLUE, "-"), "sac": ("SAC", RED, "--")}
-METHODS |= {"plain": ("plain rule", GREEN, "-")}
 METHODS |= {"multipolar": ("MULTIPOLAR", YELLOW, "-."), "mamba": ("MAMBA", PINK, "-.")}
 METHODS |= {"ptf": ("PTF", ORANGE, ":"), "haar": ("HAAR", SKY, ":")}
 CANDIDATES = {"reach-v2": SKY, "push-v2": ORANGE, "pick-place-v2": PINK, "target": "0.35"}
-CANDIDATES |= {"success rate": GREEN, "entropy": GREEN}
+CANDIDATES |= {"success rate": GREEN}
 SPARE = (BLUE, RED, YELLOW, "0") * 9  # for other candidates
 SOURCES = ("reach-v2", "push-v2", "pick-place-v2")
 SOURCES += ("drawer-close-v2", "push-wall-v2", "coffee-button-v2")
@@ -99,9 +98,9 @@ def finish(figure, lines: dict, path: Path) -> None:
 
 
 def read_curves(rows: list[dict[str, str]], env_id: str) -> dict[str, Seeds]:
-    """The evaluations of a task by method and seed, in the order of METHODS."""
+    """The evaluations of a task to STEPS, by method and seed, in the order of METHODS."""
     points, curves = defaultdict(list), defaultdict(dict)
-    for row in (row for row in rows if row["env_id"] == env_id):
+    for row in (row for row in rows if row["env_id"] == env_id and int(row["step"]) <= STEPS):
         point = [number(row[name]) for name in ("step", "success_rate", "return")]
         points[row["method"], int(row["seed"])].append(point)
     for method, seed in sorted(points, key=lambda run: ([*METHODS, run[0]].index(run[0]), run[1])):
@@ -230,41 +229,33 @@ def tuning_table(rows: list[dict[str, str]]) -> str:
 # -------------------------------------- the other figures ---------------------------------------
 
 
-def figure3(rows, tasks: tuple[str, ...], path: Path, rho: bool = False) -> None:
-    """Share of every candidate as guidance policy, and the success, in training.
-
-    Or every source's rho, and the policy's entropy on an axis of its own.
-    """
-    column, whole_run = ("rho", "entropy") if rho else ("selected", "success rate")
-    title = "rho of the sources" if rho else "candidates selected as guidance policy"
-    label = "rho; entropy in nats, right" if rho else "share of states; success, %"
-    figure, panels = sheet(f"Figure 3: {title} during training", label, tasks)
-    lines, colours, scale = {}, dict(CANDIDATES), 1 if rho else 100
+def figure3(rows, tasks: tuple[str, ...], path: Path) -> None:
+    """Share of every candidate as guidance policy, and the success, in training."""
+    title = "Figure 3: candidates selected as guidance policy during training"
+    figure, panels = sheet(title, "share of states; success, %", tasks)
+    lines, colours = {}, dict(CANDIDATES)
     for task, axes in panels.items():
         points = defaultdict(lambda: defaultdict(list))  # by candidate and seed: (step, value)
         for row in (row for row in rows if row["env_id"] == task):
             step, seed, name = int(row["step"]), row["seed"], row["candidate"]
-            if row[column]:
-                points[name][seed].append((step, scale * number(row[column])))
+            points[name][seed].append((step, 100 * number(row["selected"])))
             if name == "target":
-                value = scale * number(row[whole_run.replace(" ", "_")])
-                points[whole_run][seed].append((step, value))
-        ends = {seed: max(curve)[0] for seed, curve in points.get(whole_run, {}).items()}
+                points["success rate"][seed].append((step, 100 * number(row["success_rate"])))
+        ends = {seed: max(curve)[0] for seed, curve in points.get("target", {}).items()}
         end = median_high(ends.values()) if ends else 0
-        start, _ = min(map(min, points.get(whole_run, {}).values()), default=(0, 0))
+        start, _ = min(map(min, points.get("target", {}).values()), default=(0, 0))
         grid, whole = np.linspace(start, end, 100), [seed for seed in ends if ends[seed] >= end]
-        right = axes.twinx() if rho else axes
         for name in sorted(points, key=lambda name: ([*CANDIDATES, name].index(name), name)):
             curves = [np.array(sorted(c)).T for seed, c in points[name].items() if seed in whole]
             known = [curve[:, np.isfinite(curve[1])] for curve in curves]
             values = np.stack([np.interp(grid, *curve, left=np.nan) for curve in known])
             colour = colours.setdefault(name, SPARE[len(colours) - len(CANDIDATES)])
-            side, style = (right, "--") if name == whole_run else (axes, "-")
-            (lines[name],) = side.plot(grid, values.mean(axis=0), style, color=colour, lw=1.6)
+            style = "--" if name == "success rate" else "-"
+            (lines[name],) = axes.plot(grid, values.mean(axis=0), style, color=colour, lw=1.6)
             if len(values) > 1:
-                side.fill_between(grid, *interval(values), color=colour, alpha=0.15, lw=0)
+                axes.fill_between(grid, *interval(values), color=colour, alpha=0.15, lw=0)
         finish_panel(axes, end, f"seeds: {len(whole)}")
-        axes.set_ylim((-0.03, 1.03) if rho else (-3, 103))
+        axes.set_ylim(-3, 103)
     finish(figure, lines, path)
 
 
@@ -315,7 +306,6 @@ def main() -> None:
     if rows := read_csv(args.dir / "selection.csv"):
         figure3(rows, ("push-wall-v2",), args.dir / "figure3.png")
         figure3(rows, TASKS, args.dir / "figure3_all.png")
-        figure3(rows, ("hammer-v2", "push-wall-v2"), args.dir / "figure3_rho.png", rho=True)
     if rows := read_csv(args.dir / "transfer.csv"):
         curves = {task: read_curves(rows, task) for task in TASKS}
         for what in ("success", "return"):

@@ -10,9 +10,8 @@
 - study-K: steps/s in all of K runs side by side, with cup.py's own settings, one thread each
 - update-N, products: ms of an update with N sources, and of the matrix products of one without
 
-With -plain it is cup.py --no-second-look, with -compiled --compile. Every number is measured in a
-process of its own, in turn with the others, and is a row of speed.csv; speed.md has the medians and
-their ratios.
+With -compiled it is cup.py --compile. Every number is measured in a process of its own, in turn with
+the others, and is a row of speed.csv; speed.md has the medians and their ratios.
 """
 
 import dataclasses
@@ -38,13 +37,11 @@ import cup
 from benchmark.transfer import read_csv, update_csv
 
 CORES = sorted(os.sched_getaffinity(0))
-OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", "update-3-plain"]
-OURS += [f"study-{len(CORES)}"]
+OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", f"study-{len(CORES)}"]
 OURS += [f"{name}-compiled" for name in OURS]
 BASELINES = ("multipolar", "mamba", "ptf", "haar")
 RATIOS = [("cup-0", "sb3"), ("cup-3", "sb3"), ("cup-0", "sbx"), ("cup-3", "sbx")]
 RATIOS += [("cup-3", "cup-0"), ("cup-3", "cup-6"), ("update-0", "products")]
-RATIOS += [("update-3", "update-3-plain")]
 RATIOS += [(name, "cup-0") for name in BASELINES]
 PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
 ABOUT = ["run", "machine", "versions", "threads", "steps"]
@@ -68,8 +65,8 @@ class Args:
 def measure(name: str, args: Args) -> float:
     torch.set_num_threads(args.threads)
     kind, *variant = name.split("-")
-    compiled, plain = "compiled" in variant, "plain" in variant
-    flags = ["--compile"] * compiled + ["--no-second-look"] * plain
+    compiled = "compiled" in variant
+    flags = ["--compile"] * compiled
     if kind == "study":
         return cup_rate(args, int(variant[0]), "3", ["--threads", "1", *flags])
     if kind in ("cup", *BASELINES):
@@ -77,7 +74,7 @@ def measure(name: str, args: Args) -> float:
         script = "cup.py" if kind == "cup" else f"baselines/{kind}.py"
         return cup_rate(args, 1, variant[0] if variant else "3", flags, script)
     if kind == "update":
-        return update_time(int(variant[0]), compiled=compiled, second_look=not plain)
+        return update_time(int(variant[0]), compiled=compiled)
     return products_time() if kind == "products" else peer_rate(args, kind)
 
 
@@ -127,9 +124,9 @@ def make_agent(num_sources: int, device: str = "cpu", **settings) -> cup.Agent:
     return agent
 
 
-def update_time(num_sources: int, compiled: bool, second_look: bool) -> float:
+def update_time(num_sources: int, compiled: bool) -> float:
     torch.set_flush_denormal(True)  # as in cup.py's train
-    agent = make_agent(num_sources, compile=compiled, second_look=second_look)
+    agent = make_agent(num_sources, compile=compiled)
     times = timeit.repeat(lambda: agent.update(agent.buffer.sample(256)), number=1, repeat=220)
     return 1e3 * statistics.median(times[20:])  # the first ones warm up
 

@@ -36,12 +36,11 @@ TUNED += ["source_mean_bound", "source_log_std_min", "guidance_starts", "num_env
 TUNED += ["batch_size", "policy_lr", "q_lr", "alpha_lr", "init_alpha", "second_look"]
 # what tells the methods of cup.py apart; the others are baselines/NAME.py
 FLAGS = {"cup": "", "sac": "--sources"}
-FLAGS["plain"] = "--no-second-look --beta1 1 --guidance-starts 5000"  # Eqs. 11, 12 as they stand
 # what the csv files call columns of metrics.csv; {} is a candidate
 SCORES = {"success_rate": "eval/success_rate", "return": "eval/return"}
 TUNING = SCORES | {"target_selected": "guidance/selected/target", "entropy": "entropy"}
 SELECTION = {"selected": "guidance/selected/{}", "advantage": "guidance/advantage/{}"}
-SELECTION |= {"success_rate": "train/success_rate", "rho": "guidance/rho/{}", "entropy": "entropy"}
+SELECTION |= {"success_rate": "train/success_rate"}
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Args:
     """Run the transfer study, or look at it. Arguments of cup.py follow a `--`."""
 
     tasks: tuple[str, ...] = TASKS
-    methods: tuple[str, ...] = ("cup", "sac")  # plain, multipolar, mamba, ptf, haar
+    methods: tuple[str, ...] = ("cup", "sac")  # multipolar, mamba, ptf, haar
     seeds: tuple[int, ...] = (1, 2, 3)  # the first of every task comes before the second of any
     total_timesteps: int = STEPS  # environment steps of a run
     workers: int = os.cpu_count() or 1  # runs at a time, one thread each

@@ -160,11 +160,10 @@ def test_query_sources_bounds_what_the_sources_say():
 
 # ---- guidance inside the update ------------------------------------------------------------------
 def frozen_agent(**changes) -> cup.Agent:
-    """An agent with the plain rule, whose update computes everything and moves nothing."""
+    """An agent whose update computes everything and moves nothing."""
     still = dict.fromkeys(("policy_lr", "q_lr", "alpha_lr", "tau"), 0.0)
     torch.manual_seed(1)
-    plain = {"second_look": False, "beta1": 1.0, "beta2": 0.5}
-    args = cup.Args(env_id="x", hidden_sizes=(16,), **plain, **still, **changes)
+    args = cup.Args(env_id="x", hidden_sizes=(16,), beta2=0.5, **still, **changes)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, dict.fromkeys("abc"))
     with torch.no_grad():  # an opinionated critic: each candidate wins somewhere
         agent.critic.net[-1].weight *= 4

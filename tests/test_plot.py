@@ -140,7 +140,6 @@ def test_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
         for name, share in candidates:
             about = {"env_id": "push-wall-v2", "seed": seed, "step": step, "candidate": name}
             success = 0.1 if step > 1000 else ""  # no episode has ended before
-            about |= {"rho": "" if name == "target" else share, "entropy": -3.5}
             rows.append(about | {"selected": share, "advantage": 0, "success_rate": success})
     write(tmp_path / "selection.csv", rows)
     about = {"env_id": "push-wall-v2", "seed": 1, "trained": 2000, "step": 0}
@@ -149,7 +148,7 @@ def test_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot.py", "--dir", str(tmp_path)])
     plot.main()
     printed = capsys.readouterr().out
-    figures = ["figure2_success", "figure2_return", "figure3", "figure3_all", "figure3_rho"]
+    figures = ["figure2_success", "figure2_return", "figure3", "figure3_all"]
     for name in (*figures, "figure4", "sources"):
         assert str(tmp_path / f"{name}.png") in printed
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -123,7 +123,7 @@ def test_sources_that_may_not_guide_or_do_not_weigh_leave_sac_bit_for_bit(beta1,
 
 
 def test_guidance_concerns_the_actor_alone():
-    agents = make_agent(2, beta2=1.0, second_look=False), make_agent()
+    agents = make_agent(2, beta2=1.0), make_agent()
     for agent, num_sources in zip(agents, (2, 0)):
         torch.manual_seed(1)
         agent.update(make_batch(0, num_sources))
