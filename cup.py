@@ -720,7 +720,8 @@ class Logger:
 
     def __init__(self, args: Args, run_dir: Path, checkpoint: dict):
         self.rows, self.wandb_id = checkpoint.get("rows", []), checkpoint.get("wandb_id")
-        self.run_dir, self.total_timesteps, self.tensorboard = run_dir, args.total_timesteps, None
+        self.run_dir, self.columns, self.tensorboard = run_dir, {}, None
+        self.total_timesteps = args.total_timesteps
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
         if args.track:
@@ -746,12 +747,15 @@ class Logger:
         row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.rows.append(row)
-        partial = self.run_dir / "metrics.tmp"
-        with open(partial, "w", newline="") as file:  # all rows: the new one may bring a column
-            table = csv.DictWriter(file, dict.fromkeys(name for row in self.rows for name in row))
-            table.writeheader()
-            table.writerows(self.rows)
-        partial.replace(self.run_dir / "metrics.csv")
+        if row.keys() <= self.columns.keys():
+            self.csv.writerow(row)
+        else:  # it brings a column: the file begins anew
+            self.columns = dict.fromkeys(name for row in self.rows for name in row)
+            self.file = open(self.run_dir / "metrics.csv", "w", newline="")
+            self.csv = csv.DictWriter(self.file, self.columns)
+            self.csv.writeheader()
+            self.csv.writerows(self.rows)
+        self.file.flush()
         if self.tensorboard:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, step)
