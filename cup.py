@@ -373,7 +373,8 @@ def guidance_loss(
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)  # Eq. 12
+        # Eq. 12, by the actions that won, whose advantage is too large on average for that reason
+        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)
         row = torch.arange(len(obs), device=obs.device)
         guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
         guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
