@@ -71,9 +71,11 @@ class Args:
 
     sources: tuple[str, ...] = SHIPPED  # policy files pi_1 ... pi_n; --sources alone: none, SAC
     num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
-    # weight of the guidance KL, beta_1 in Eq. 12; it and beta2: benchmark/settings.md
+    # weight of the guidance KL, beta_1 in Eq. 12; 10 pulls too hard once values are large
     beta1: float = 1.0
-    beta2: float = 0.03  # cap on the advantage in that weight, as a fraction of |V|: beta_2, Eq. 12
+    # cap on the advantage in that weight, as a fraction of |V|, beta_2 in Eq. 12; 0.003 is too
+    # little while values are small
+    beta2: float = 0.03
     num_guidance_samples: int = 1  # actions per candidate to estimate its advantage, Eq. 4
     # entropy term in the advantage, Eq. 4; the default leaves it out (Appendix B.3), because while
     # alpha is large it would rule out all sources for their low entropy
@@ -229,6 +231,7 @@ class Standardize(nn.Module):
 
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
+        # at least 0.1, or the noise of what hardly moves would look like news
         self.scale.copy_(1 / obs.std(dim=0, correction=0).clamp(min=0.1))
         self.scale[(obs == 0).all(dim=0)] = 1  # not seen yet: its size is unknown
         self.shift.copy_(-obs.mean(dim=0) * self.scale)
@@ -495,7 +498,6 @@ class Agent(nn.Module):
         state, dist = (obs_dim,), (len(sources), action_dim)
         shapes = Batch(state, state, (action_dim,), (), (), dist, dist)
         self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
-        self.candidates = [*sources, "target"]
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
             torch._inductor.config.fallback_random = True  # the random numbers stay the same
@@ -560,7 +562,8 @@ class Agent(nn.Module):
             info["guidance/kl"] = states["kl"].mean()
             advantages = states["advantage"].mean(dim=0)  # (n + 1,)
             shares = F.one_hot(states["guidance"], len(advantages)).float().mean(dim=0)
-            for name, share, advantage in zip(self.candidates, shares, advantages, strict=True):
+            candidates = [*self.sources, "target"]
+            for name, share, advantage in zip(candidates, shares, advantages, strict=True):
                 info[f"guidance/selected/{name}"] = share
                 info[f"guidance/advantage/{name}"] = advantage
 

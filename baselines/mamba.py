@@ -90,8 +90,8 @@ class Mamba(cup.Agent):
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
         self.names, self.source_policies = list(sources), list(sources.values())
-        # what SAC does not draw comes from generators of our own: without roll-outs, lambda = 1
-        # is SAC bit for bit
+        # roll-outs are decided by a generator of their own: without them, lambda = 1 is SAC bit
+        # for bit
         self.generator = torch.Generator().manual_seed(cup.derive_seed(args.seed, 4))
         with torch.random.fork_rng():
             torch.manual_seed(cup.derive_seed(args.seed, 5))
@@ -153,8 +153,9 @@ class Mamba(cup.Agent):
         for i, step in enumerate(self.steps):
             self.returns[i] += reward[i].item()
             if step >= self.switch[i]:
-                path = obs[i].cpu(), next_obs[i].cpu(), reward[i].item(), terminated[i].item()
-                self.paths[i].append(path)
+                self.paths[i].append(
+                    (obs[i].cpu(), next_obs[i].cpu(), reward[i].item(), terminated[i].item())
+                )
 
     def end_episode(self, i: int) -> None:
         """Learn from a roll-out, or note the return of an episode that was the learner's."""

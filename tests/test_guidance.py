@@ -253,7 +253,9 @@ def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
         logged[f"guidance/advantage/{name}"] = sum(row[c] for row in hand.advantage)
     for name, total in logged.items():
         assert info[name].item() == pytest.approx(total / BATCH, rel=1e-6), name
-    assert all(value.shape == () for name, value in info.items() if "/" in name)
+    scalars = info.keys() - {"advantage", "guidance", "weight", "kl"}  # those are of every state
+    assert scalars == logged.keys() | {"loss/critic", "loss/actor", "alpha", "entropy"}
+    assert all(info[name].shape == () for name in scalars)
 
 
 # ---- what gets a gradient ------------------------------------------------------------------------

@@ -72,6 +72,9 @@ def test_losses_of_the_high_level():
     info = agent.update(steps)
     torch.testing.assert_close(info["loss/high_critic"], critic_loss)
     torch.testing.assert_close(info["loss/high_actor"], actor_loss)
+    names = "loss/critic loss/actor alpha entropy loss/high_critic loss/high_actor high/alpha "
+    names += "high/entropy high/value low/reward"
+    assert info.keys() == {*names.split(), *(f"skill/selected/skill-{k}" for k in range(3))}
 
 
 def test_the_low_level_is_sac_on_states_with_skills(monkeypatch):

@@ -113,7 +113,10 @@ def test_an_update_leaves_the_values_alone_and_logs_who_is_largest():
     before = parameters(agent.values)
     info = agent.update(batch)
     assert equal(parameters(agent.values), before)
-    assert "train/learner_return" not in info  # there was no such episode
+    names = {"loss/critic", "loss/actor", "alpha", "entropy", "loss/value"}
+    for kind in ("explained_variance", "largest"):
+        names |= {f"value/{kind}/{name}" for name in SOURCES}
+    assert info.keys() == names  # and no train/learner_return: there was no such episode
     plus, minus = (value(batch.next_obs) for value in agent.values)
     share = (plus > minus).float().mean().item()
     assert info["value/largest/plus"] == pytest.approx(share)

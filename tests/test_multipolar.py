@@ -98,6 +98,8 @@ def test_sources_get_no_gradient_and_theta_learns_at_the_rate_of_the_policy():
     rate = torch.full_like(steps, agent.args.policy_lr)
     torch.testing.assert_close(steps, rate, rtol=1e-3, atol=0)
     assert info["theta/source-2/1"] == agent.actor.theta[2, 1]
+    thetas = {f"theta/{name}/{i}" for name in sources for i in range(ACTION_DIM)}
+    assert info.keys() == {"loss/critic", "loss/actor", "alpha", "entropy"} | thetas
 
 
 def learn_from(seed: int, sources: dict) -> float:

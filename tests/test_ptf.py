@@ -203,6 +203,11 @@ def test_the_imitation_is_the_weighted_kl_from_the_best_option():
         loss += 2.0 * 0.7310586 * (1 - beta[i, best]) * kl / BATCH
     info = agent.update(batch)
     torch.testing.assert_close(info["loss/kl"], loss)
+    names = "loss/critic loss/actor loss/kl loss/option loss/termination alpha entropy "
+    names = {*(names + "guidance/weight guidance/kl option/termination").split()}
+    for k in range(3):
+        names |= {f"guidance/selected/source-{k}", f"option/match/source-{k}"}
+    assert info.keys() == names
     shares = [info[f"guidance/selected/source-{k}"].item() for k in range(3)]
     assert sum(shares) == pytest.approx(1)
 
