@@ -34,6 +34,7 @@ STEPS = 500_000  # of every run: where it ends must not depend on its result
 TUNED = ["sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage"]
 TUNED += ["source_mean_bound", "source_log_std_min", "guidance_starts", "num_envs", "utd_ratio"]
 TUNED += ["batch_size", "policy_lr", "q_lr", "alpha_lr", "init_alpha", "second_look"]
+TUNED += ["c", "gae_lambda", "rollout_share", "high_entropy", "freeze_skills"]  # the baselines'
 # what tells the methods of cup.py apart; the others are baselines/NAME.py
 FLAGS = {"cup": "", "sac": "--sources"}
 # what the csv files call columns of metrics.csv; {} is a candidate
