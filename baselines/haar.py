@@ -202,7 +202,9 @@ class HAAR(cup.Agent):
         next_z = torch.multinomial(last_log_prob.exp(), 1).squeeze(1)
         next_z = torch.where(batch.is_last == 1, next_z, z)
         states = actor.with_skill(batch.obs, z), actor.with_skill(batch.next_obs, next_z)
+        # a policy that does not learn has the entropy it has: alpha would only drift
         self.actor_optimizer.lr = args.policy_lr * guide
+        self.alpha_optimizer.lr = args.alpha_lr * guide
         low = cup.Batch(*states, batch.action, reward, batch.terminated * batch.is_last, None, None)
         return info | super().update(low, guide=False)
 

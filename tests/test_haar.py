@@ -148,13 +148,16 @@ def test_the_low_level_does_not_teach_the_high_level():
 
 
 def test_skills_wait_for_their_critic():
-    """Before --guidance-starts the low critic learns, the skills do not."""
+    """Before --guidance-starts the low critic learns, the skills and their alpha do not."""
     agent = make_agent()
     skills, critic = copies(agent.actor.skills), copies(agent.critic)
+    alpha = agent.log_alpha.detach().clone()
     agent.update(make_steps(), guide=False)
     assert same(skills, agent.actor.skills) and not same(critic, agent.critic)
+    assert torch.equal(agent.log_alpha, alpha)
     agent.update(make_steps(), guide=True)
     assert not same(skills, agent.actor.skills)
+    assert not torch.equal(agent.log_alpha, alpha)
 
 
 def test_a_skill_lasts_k_steps():
