@@ -42,7 +42,7 @@ class Args(cup.Args):
     high_entropy: float = 0.3  # target entropy of pi_h, as a fraction of log K
     freeze_skills: bool = False  # leave the skills as the sources are
     init_alpha: float = 0.01  # initial alpha of the skills: their rewards, advantages, are small
-    guidance_starts: int = 50_000  # environment steps before the skills learn, after their critic
+    guidance_starts: int = 50_000  # steps before the skills and alpha learn, after their critic
 
     def __post_init__(self):
         super().__post_init__()
