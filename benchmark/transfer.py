@@ -91,10 +91,8 @@ def start(run_dir: Path, command: list[str]) -> subprocess.Popen | None:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return None
-        # glibc keeps freed memory: to fetch pages for large tensors takes longer than to fill them
-        env = {"MALLOC_TRIM_THRESHOLD_": str(2**28), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
         # a session of its own keeps the terminal's Ctrl-C away
-        options = {"stdout": log, "stderr": log, "start_new_session": True, "env": os.environ | env}
+        options = {"stdout": log, "stderr": log, "start_new_session": True}
         return subprocess.Popen([sys.executable, *command], **options)
 
 
