@@ -66,7 +66,7 @@ class Args:
     policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
     q_lr: float = 3e-4  # learning rate of the critics, lambda_theta in Alg. 1
     alpha_lr: float = 3e-4  # learning rate of the entropy weight, lambda_alpha in Alg. 1
-    init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's usual 1 rules the first 10,000 updates
+    init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's usual 1 outweighs Q for 10,000 updates
     hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
 
     sources: tuple[str, ...] = SHIPPED  # policy files pi_1 ... pi_n; --sources alone: none, SAC
@@ -80,8 +80,6 @@ class Args:
     # entropy term in the advantage, Eq. 4; the default leaves it out (Appendix B.3), because while
     # alpha is large it would rule out all sources for their low entropy
     soft_advantage: bool = False
-    source_mean_bound: float = 2.5  # bound on sources' pre-tanh means (see query_sources)
-    source_log_std_min: float = -1.5  # lower bound on sources' log-stds (see query_sources)
     guidance_starts: int = 5_000  # environment steps before the guidance begins
 
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
@@ -102,9 +100,8 @@ class Args:
         may_be_zero = ("seed", "num_random_sources", "guidance_starts")
         for name, value in vars(self).items():
             smallest = 1 if type(value) is int and name not in may_be_zero else 0
-            if type(value) in (int, float) and name != "source_log_std_min":
-                if not smallest <= value < math.inf:
-                    raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
+            if type(value) in (int, float) and not smallest <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
         if max(self.gamma, self.tau) > 1:
             raise ValueError("--gamma and --tau must not exceed 1")
         if self.init_alpha == 0 or min(self.hidden_sizes, default=1) < 1:
@@ -121,7 +118,7 @@ class Args:
 
 # ---- environment ---------------------------------------------------------------------------------
 def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers: other numbers, an unrelated seed."""
+    """One seed from several numbers; other numbers, as many, give an unrelated seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -219,9 +216,9 @@ def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
 
 
 class Standardize(nn.Module):
-    """obs (..., obs_dim) with mean 0 and standard deviation 1, by statistics set once.
+    """obs (..., obs_dim) with mean 0 and a standard deviation of at most 1, by `fit`.
 
-    In Meta-World's observations, which are in metres, centimetres decide.
+    Meta-World's observations are in metres, and centimetres matter.
     """
 
     def __init__(self, obs_dim: int):
@@ -231,9 +228,9 @@ class Standardize(nn.Module):
 
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
-        # at least 0.1, or the noise of what hardly moves would look like news
+        # at least 0.1, or the noise of what hardly moves would become large
         self.scale.copy_(1 / obs.std(dim=0, correction=0).clamp(min=0.1))
-        self.scale[(obs == 0).all(dim=0)] = 1  # not seen yet: its size is unknown
+        self.scale[(obs == 0).all(dim=0)] = 1  # always zero so far: its size is unknown
         self.shift.copy_(-obs.mean(dim=0) * self.scale)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -369,14 +366,14 @@ def guidance_loss(
     advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
     """
     with torch.no_grad():
-        # the same noise for all candidates: their policies differ, not their luck
+        # the same noise for all candidates, so that only their policies differ
         source_action, source_log_prob = squash(source_mean, source_log_std, noise.unsqueeze(2))
         source_q = critic(obs.unsqueeze(1).expand(*source_action.shape[:3], -1), source_action)
         q = torch.cat([source_q, q.unsqueeze(2)], dim=2)  # (samples, batch, n + 1)
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        # Eq. 12, by the actions that won, whose advantage is too large on average for that reason
+        # Eq. 12; the largest of n + 1 noisy advantages: on average it is too large
         weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)
         row = torch.arange(len(obs), device=obs.device)
         guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
@@ -388,7 +385,7 @@ def guidance_loss(
 
 @torch.no_grad()
 def query_sources(
-    sources: Collection[Actor], obs: Tensor, action_dim: int, args: Args
+    sources: Collection[Actor], obs: Tensor, action_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and log-std (batch, n, action_dim) of the n sources at obs (batch, obs_dim).
 
@@ -399,8 +396,7 @@ def query_sources(
     mean, log_std = obs.new_empty(2, len(obs), len(sources), action_dim)
     for k, actor in enumerate(sources):
         mean[:, k], log_std[:, k] = actor(obs)
-    bound = args.source_mean_bound
-    return mean.clamp(-bound, bound), log_std.clamp(min=args.source_log_std_min)
+    return mean.clamp(-2.5, 2.5), log_std.clamp(min=-1.5)
 
 
 class Batch(NamedTuple):
@@ -506,13 +502,13 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
-        """Sampled actions (num_envs, action_dim) at obs (num_envs, obs_dim), so far in episodes."""
+        """Sampled actions (num_envs, action_dim) ; other methods use the steps since each reset."""
         mean, log_std = self.actor(obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
         """Put transitions into the replay buffer, one of each environment."""
-        dists = query_sources(self.sources.values(), obs, action.shape[1], self.args)
+        dists = query_sources(self.sources.values(), obs, action.shape[1])
         self.buffer.add(Batch(obs, next_obs, action, reward, terminated, *dists))
 
     @torch.no_grad()
@@ -580,7 +576,7 @@ class Agent(nn.Module):
                 target.lerp_(online, args.tau)
         return info | {"alpha": alpha, "entropy": entropy}
 
-    def standardize(self) -> None:
+    def fit_standardization(self) -> None:
         """Fix how the networks see observations, by the states in the replay buffer."""
         for network in (self.actor, self.critic, self.target_critic):
             network.standardize.fit(self.buffer.obs())
@@ -615,10 +611,9 @@ def build_actor(content: dict) -> Actor:
     """The frozen actor of a policy file's content; `about` is what the file says of itself."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         actor = Actor(**content["actor"])
-    weights = {name: tensor.float() for name, tensor in content["weights"].items()}
-    actor.load_state_dict(weights, assign=True)
+    actor.load_state_dict(content["weights"], assign=True)
     actor.about = {k: v for k, v in content.items() if k not in ("actor", "weights")}
-    return actor.requires_grad_(False)
+    return actor.float().requires_grad_(False)
 
 
 def load_policy(path: str | Path) -> Actor:
@@ -630,14 +625,13 @@ def load_policy(path: str | Path) -> Actor:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load skips the checksums
             raise ValueError(f"{damaged} in it is damaged")
         actor = build_actor(torch.load(path, map_location="cpu", weights_only=True))
-        if not all(tensor.isfinite().all() for tensor in actor.state_dict().values()):
-            raise ValueError("a weight is not finite")
-        if not torch.cat(actor(torch.zeros(actor.obs_dim))).isfinite().all():
-            raise ValueError("its bounds make no sense")
+        tensors = [*actor.state_dict().values(), *actor(torch.zeros(actor.obs_dim))]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("a weight or a bound is not finite")
     except FileNotFoundError:
         raise UserError(f"there is no policy file {path}: see sources/ for some") from None
     except Exception as error:  # whatever else is wrong with the file
-        reason = "it holds code" if isinstance(error, pickle.UnpicklingError) else repr(error)
+        reason = "it may hold code" if isinstance(error, pickle.UnpicklingError) else repr(error)
         raise UserError(f"{path} is not a policy file: {reason}") from error
     return actor
 
@@ -699,7 +693,7 @@ def evaluate(
     return np.array(results, np.float64).reshape(-1, 2).T
 
 
-def load_checkpoint(args: Args, run_dir: Path) -> dict:
+def load_checkpoint(args: Args, method: str, run_dir: Path) -> dict:
     """The checkpoint to go on with; empty for a new run. Raises UserError if it does not fit."""
     if run_dir.exists() and not args.resume:
         raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
@@ -707,12 +701,12 @@ def load_checkpoint(args: Args, run_dir: Path) -> dict:
         return {}
     try:
         checkpoint = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
-        started_with = checkpoint["args"]
+        started_with = checkpoint["args"] | {"method": checkpoint["method"]}
     except Exception as error:  # whatever is wrong with the file
         raise UserError(f"{run_dir}/checkpoint.pt is damaged ({type(error).__name__})") from error
     may_differ = ("total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
                   "tensorboard", "track")
-    for name, value in asdict(args).items():
+    for name, value in (asdict(args) | {"method": method}).items():
         before = started_with.get(name)
         if value != before and name not in may_differ:
             raise UserError(f"{run_dir} was started with {name} = {before}, not {value}")
@@ -735,7 +729,7 @@ class Logger:
             self.wandb_id = wandb.run.id
         if args.tensorboard or args.track:
             self.tensorboard = SummaryWriter(run_dir, purge_step=self.last("step") + 1)
-        self.start = time.time() - self.last("time/seconds")
+        self.start = time.monotonic() - self.last("time/seconds")
 
     def last(self, name: str) -> float:
         """A value of the last row."""
@@ -746,7 +740,7 @@ class Logger:
         for name, value in row.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
-        seconds = time.time() - self.start
+        seconds = time.monotonic() - self.start
         rate = (step - self.last("step")) / (seconds - self.last("time/seconds"))
         row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
         row = {name: value for name, value in row.items() if not math.isnan(value)}
@@ -777,14 +771,10 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         raise UserError(f"--compile knows the update of cup.py, and not that of {method}: drop it")
     name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
     run_dir = Path(args.run_dir or f"runs/{name}")
-    checkpoint = load_checkpoint(args, run_dir)
-    rows = checkpoint.get("rows", [])  # of metrics.csv
-    if rows and rows[-1]["step"] >= args.total_timesteps:
-        print(f"{run_dir} is finished: a larger --total-timesteps goes on with it")
-        return
+    checkpoint = load_checkpoint(args, method, run_dir)
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # Adam's moments fade to where processors are slow
+    torch.set_flush_denormal(True)  # Adam's moments become denormal numbers, which are slow
     torch.manual_seed(args.seed)
     stop = Event()
 
@@ -827,7 +817,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     def save_checkpoint():
         if not all(math.isfinite(value) for value in info.values()):
             return  # the one before is better
-        state = {"args": asdict(args), "step": step, "recent": recent[-20:]}
+        state = {"args": asdict(args), "method": method, "step": step, "recent": recent[-20:]}
         state |= {"rows": logger.rows, "wandb_id": logger.wandb_id}
         state["info"] = {name: float(value) for name, value in info.items()}
         state["agent"] = agent.state_dict()
@@ -842,9 +832,9 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     try:
         while not stop.is_set():
             # ---- evaluate, log, save
-            row, last = {}, step >= args.total_timesteps
+            row, is_last = {}, step >= args.total_timesteps
             is_new = step > logger.last("step")  # not so if the checkpoint holds this step's row
-            if is_new and (last or due(args.eval_interval)):
+            if is_new and (is_last or due(args.eval_interval)):
                 # the step as first episode's number: new goals for every evaluation
                 scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
                 row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
@@ -860,7 +850,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
                 # as a source it will ignore what its own task has never shown
                 policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
                 save(policy, run_dir / "policy.pt")
-            if last:
+            if is_last:
                 break
             if due(args.checkpoint_interval):
                 save_checkpoint()
@@ -874,7 +864,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             # ---- learn
             next_step = step + args.num_envs
             if step < args.learning_starts <= next_step:  # once
-                agent.standardize()
+                agent.fit_standardization()
             updates_before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
             updates_after = int(max(next_step - args.learning_starts, 0) * args.utd_ratio)
             for _ in range(updates_after - updates_before):

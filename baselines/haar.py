@@ -208,7 +208,7 @@ class HAAR(cup.Agent):
         low = cup.Batch(*states, batch.action, reward, batch.terminated * batch.is_last, None, None)
         return info | super().update(low, guide=False)
 
-    def standardize(self) -> None:
+    def fit_standardization(self) -> None:
         obs = self.buffer.obs()
         for layer in (self.actor.standardize, self.high_critic[0], self.high_target[0]):
             layer.fit(obs)

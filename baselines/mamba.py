@@ -225,8 +225,8 @@ class Mamba(cup.Agent):
         """SAC's update with that target. Returns its scalars and what there is on the V^k."""
         return super().update(batch, guide=False) | self.logged
 
-    def standardize(self) -> None:
-        super().standardize()
+    def fit_standardization(self) -> None:
+        super().fit_standardization()
         for value in self.values:
             value[0].fit(self.buffer.obs())
 

@@ -54,14 +54,14 @@ class Aggregate(cup.Actor):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict):
         super().__init__(obs_dim, action_dim, args.hidden_sizes)
-        self.args, self.sources = args, sources
+        self.sources = sources
         self.theta = nn.Parameter(torch.ones(len(sources), action_dim))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         residual, log_std = super().forward(obs)  # F(s)
         with torch.no_grad():
             # A_k(s), (batch, K, action_dim), before the tanh; log-stds have no part in this
-            action, _ = cup.query_sources(self.sources.values(), obs, self.action_dim, self.args)
+            action, _ = cup.query_sources(self.sources.values(), obs, self.action_dim)
         # theta is divided first, and not the sum: theta = K e_k is source k to the last bit
         aggregate = (self.theta / len(self.sources) * action).sum(dim=1)
         return aggregate + residual, log_std

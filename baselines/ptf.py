@@ -132,7 +132,7 @@ class PTF(cup.Agent):
         return super().act(obs, episode_steps)
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
-        dists = cup.query_sources(self.sources.values(), obs, action.shape[1], self.args)
+        dists = cup.query_sources(self.sources.values(), obs, action.shape[1])
         option = self.active.to(obs)  # as float, on its device
         self.buffer.add(OptionBatch(obs, next_obs, action, reward, terminated, *dists, option))
 
@@ -201,8 +201,8 @@ class PTF(cup.Agent):
             info[f"option/match/{name}"] = match[:, k].float().mean()
         return {name: scalar.detach() for name, scalar in info.items()}
 
-    def standardize(self) -> None:
-        super().standardize()
+    def fit_standardization(self) -> None:
+        super().fit_standardization()
         for network in (self.options, self.target_options):
             network.standardize.fit(self.buffer.obs())
 

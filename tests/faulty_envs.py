@@ -4,9 +4,7 @@ Importing this module registers them. All are one walk on a line: the observatio
 and the steps so far, the action is the stride, an episode takes 40 steps.
 """
 
-import os
 import random
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -78,14 +76,6 @@ class NotANumber(Walk):
 
     def observe(self):
         return super().observe() + (np.nan if self.lifetime >= self.fault_at else 0)
-
-
-class Slow(Walk):
-    """Every step takes as long as the environment variable SLOW says, in seconds."""
-
-    def info(self):
-        time.sleep(float(os.environ.get("SLOW", "0")))
-        return {}
 
 
 class Solved(Walk):

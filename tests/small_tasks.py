@@ -53,7 +53,7 @@ def learn(
         if t % episode == 0:
             obs = first_states(NUM_ENVS)
         if standardize and t == episode:
-            agent.standardize()
+            agent.fit_standardization()
         if t < episode:
             action = 2 * torch.rand(NUM_ENVS, agent.actor.action_dim) - 1
         else:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from program import (
-    PENDULUM, call_cup, checkpoint_of, finish, metrics, same_result, started_run, weights,
+    PENDULUM, call_cup, checkpoint_of, finish, metrics, one_sentence, same_result, started_run,
+    weights,
 )
 
 import cup
@@ -53,6 +54,13 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
             cup.load_policy(whole / "policy.pt")
     else:
         assert cup.load_policy(whole / "policy.pt").obs_dim == 2
+
+
+def test_the_run_of_another_method_is_left_alone(tmp_path: Path):
+    arguments = [*PENDULUM, "--total-timesteps", 60, "--run-dir", tmp_path / "run", "--resume"]
+    assert call_cup(*arguments, classes=CLASSES["multipolar"]).returncode == 0
+    result = call_cup(*arguments)
+    assert one_sentence(result, "was started with method = multipolar, not cup"), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,11 @@ def test_its_state_is_the_used_rows_and_where_it_goes_on(count: int):
 
 @pytest.mark.parametrize("num_sources", [0, NUM_SOURCES])
 def test_source_distributions_are_those_of_the_state(num_sources: int):
-    """What comes out beside a state is what the sources say when asked again."""
+    """What comes out beside a state is what the sources say when asked again, bounded."""
     torch.manual_seed(0)
     sources = {str(n): cup.Actor(OBS_DIM, ACTION_DIM, (8,)) for n in range(num_sources)}
+    for source in sources.values():
+        source.net[-1].weight.data *= 20  # so that bounds are reached, on both sides
     args = cup.Args(env_id="x", hidden_sizes=(8,), buffer_size=256)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources)
     for _ in range(5):
@@ -95,5 +97,6 @@ def test_source_distributions_are_those_of_the_state(num_sources: int):
     assert sample.source_mean.shape == sample.source_log_std.shape == (32, num_sources, ACTION_DIM)
     for n, source in enumerate(sources.values()):
         mean, log_std = source(sample.obs)
+        assert mean.min() < -2.5 and mean.max() > 2.5 and log_std.min() < -1.5
         torch.testing.assert_close(sample.source_mean[:, n], mean.clamp(-2.5, 2.5))
         torch.testing.assert_close(sample.source_log_std[:, n], log_std.clamp(min=-1.5))

@@ -45,20 +45,6 @@ def test_the_two_gradients_at_the_mean():
         assert torch.allclose(sac[k], expected, atol=1e-6)
 
 
-def test_looking_changes_nothing():
-    """So that it can be called from within a run."""
-    agent = make_agent(buffer_size=300, batch_size=8)
-    obs, next_obs, action, *rest = random_batch(200, OBS, ACTIONS)[:5]
-    agent.store(obs, action, next_obs, *rest)
-    before = {name: x.clone() for name, x in agent.named_parameters()}
-    rng_state = torch.get_rng_state()
-    found = diagnose.look(agent, 64, 4)
-    assert diagnose.look(agent, 64, 4) == found
-    assert torch.equal(torch.get_rng_state(), rng_state)
-    for name, parameter in agent.named_parameters():
-        assert torch.equal(parameter, before[name]) and parameter.grad is None
-
-
 def test_command_line(tmp_path):
     """With many actions there is no luck: the update's own estimate is the expectation."""
     run_dir = tmp_path / "run"

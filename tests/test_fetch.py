@@ -5,11 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from program import SMALL, call_cup, metrics
 
 import cup
-import train_sources
 
 FOLDER = Path(__file__).parents[1] / "benchmark" / "fetch"
 
@@ -50,16 +47,3 @@ def test_the_controller_pushes(fetch):
             done = terminated or truncated
         wins.append(info["success"])
     assert np.mean(wins) >= 0.7  # 0.8 of 30
-
-
-def test_a_clone_of_it_is_a_source_for_another_task(fetch, tmp_path):
-    torch.manual_seed(1)
-    args = train_sources.Args(output_dir=tmp_path, test_episodes=4)
-    train_sources.clone_controller(args, "fetch:Push-v0", fetch.push, episodes=5, updates=50)
-    run_dir = tmp_path / "run"
-    flags = ["--sources", tmp_path / "fetch:Push-v0.pt", "--total-timesteps", 200, *SMALL]
-    result = call_cup("--env-id", "fetch:PickAndPlace-v0", "--run-dir", run_dir, *flags)
-    assert result.returncode == 0, result.stderr
-    last = metrics(run_dir)[-1]
-    assert 0 < float(last["guidance/selected/fetch:Push-v0"]) <= 1
-    assert float(last["eval/success_rate"]) in (0, 0.5, 1)

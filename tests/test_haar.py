@@ -113,7 +113,7 @@ def test_skills_begin_as_the_sources():
         skill = agent.actor(agent.actor.with_skill(obs, torch.full((50,), z)))
         assert all(map(torch.equal, skill, source(obs)))
     agent.buffer.add(make_steps(num_skills=2)._replace(obs=states))
-    agent.standardize()
+    agent.fit_standardization()
     assert all(map(torch.allclose, agent.actor(obs), source(obs)))
     skill = agent.actor.skills[0]
     assert (skill.standardize.scale != 0).all() and skill.standardize.shift[0] == 0.5

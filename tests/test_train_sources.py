@@ -47,8 +47,8 @@ def test_the_file_says_where_it_comes_from(trained):
     assert actor.about["env_id"] == TASK
     assert actor.about["step"] == 8112  # whole steps of 16 environments
     assert actor.about["eval_episodes"] == 4
-    assert actor.about["success_rate"] in (0, 0.25, 0.5, 0.75, 1)
-    assert actor.about["sampled_success_rate"] in (0, 0.25, 0.5, 0.75, 1)
+    assert 4 * actor.about["success_rate"] in range(5)
+    assert 4 * actor.about["sampled_success_rate"] in range(5)
     assert actor.about["return"] == 40
     assert actor.about["sources"] == []
     assert actor.standardize.scale.tolist()[2] == 0  # an observation that the task leaves empty
@@ -60,7 +60,7 @@ def test_what_is_finished_is_skipped_and_comes_back_if_deleted(trained):
     assert f"finished: {SOURCE}" in train_sources(trained)
     assert (trained / SOURCE).read_bytes() == whole
     (trained / SOURCE).unlink()
-    assert "is finished" in train_sources(trained, *SHORT)  # said by cup.py
+    assert "finished 8,112 steps" in train_sources(trained, *SHORT)  # said by cup.py
     after = cup.load_policy(trained / SOURCE)
     assert after.about == before.about
     assert torch.equal(after.net[0].weight, before.net[0].weight)
