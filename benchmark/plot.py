@@ -242,7 +242,7 @@ def figure3(rows, tasks: tuple[str, ...], path: Path) -> None:
             if name == "target":
                 points["success rate"][seed].append((step, 100 * number(row["success_rate"])))
         ends = {seed: max(curve)[0] for seed, curve in points.get("target", {}).items()}
-        end = median_high(ends.values()) if ends else 0
+        end = min(STEPS, median_high(ends.values())) if ends else 0
         start, _ = min(map(min, points.get("target", {}).values()), default=(0, 0))
         grid, whole = np.linspace(start, end, 100), [seed for seed in ends if ends[seed] >= end]
         for name in sorted(points, key=lambda name: ([*CANDIDATES, name].index(name), name)):
