@@ -242,7 +242,7 @@ class Actor(nn.Module):
 
     Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
     a vanishing standard deviation hardly changes the action, but sends the KL to this policy to
-    infinity once it is somebody's source. A raw output of 0 is a log_std of -1.5.
+    infinity once it is somebody's source. tanh(3) is 0.995; a raw output of 0, a log_std of -1.5.
     """
 
     def __init__(
@@ -502,7 +502,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
-        """Sampled actions (num_envs, action_dim) ; other methods use the steps since each reset."""
+        """Sampled actions (num_envs, action_dim); other methods use the steps since each reset."""
         mean, log_std = self.actor(obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
