@@ -5,8 +5,9 @@
     python train_sources.py --env-ids push-wall-v2 --sources sources/push-v2.pt   # by CUP
     python train_sources.py --env-ids push-v2 --from-controller --output-dir cloned
 
-Writes <env-id>.pt into the output directory once a policy succeeds on fresh goals. What is there
-is skipped, and what is unfinished goes on where it stopped: stop it and start it as you like.
+Writes <env-id>.pt into the output directory once a policy succeeds on fresh goals, or the best one
+when the steps are over. What is there is skipped, and what is unfinished goes on where it stopped:
+stop it and start it again as you like.
 """
 
 import csv
@@ -50,6 +51,10 @@ class Args:
     from_controller: bool = False  # no training: imitate the controller that Meta-World ships
     output_dir: Path = HERE / "sources"  # where <env-id>.pt goes
     runs_dir: Path = HERE / "runs"  # where the runs are kept
+
+    def __post_init__(self):
+        if min(self.workers, self.patience, self.test_episodes) < 1:
+            raise ValueError("--workers, --patience and --test-episodes must be positive")
 
 
 def score(args: Args, env_id: str, actor: cup.Actor, first_episode: int) -> dict:
@@ -174,7 +179,7 @@ def main() -> None:
     for env_id in args.env_ids:
         path = args.output_dir / f"{env_id}.pt"
         if path.exists():
-            rate = cup.load_policy(path).about["success_rate"]
+            rate = cup.load_policy(path).about.get("success_rate", np.nan)
             print(f"finished: {path}, success {rate:.0%}", flush=True)
         elif args.from_controller:
             clone_controller(args, env_id, metaworld_controller(env_id))

@@ -7,20 +7,29 @@ A high-level policy pi_h(z|s) picks a skill z, which acts for k steps: a segment
 as the source policies and learn together with pi_h: each step of a segment is rewarded with
 A_h / k, the high level's advantage of the segment, instead of the environment's reward.
 
-As in the paper: k = 10, both levels learn at once, the low reward is by the present V_h. (The
-released code, for sparse rewards, drops R and gamma_h from A_h.) k is not annealed.
+As in the paper: k = 10, both levels learn at once, and every update computes the low reward with
+the present V_h. (The released code, for sparse rewards, drops R and gamma_h from A_h.) The paper
+shortens k in training; here it stays.
 
-Adapted to SAC, where the original has TRPO: the high level is a discrete SAC, the low level is
-cup.py's SAC on the states [s, one-hot z]. Without a trust region a young critic would ruin the
-skills: they learn from --guidance-starts on. They keep the sources' standardisation, but may
-learn to see what the sources' own tasks never showed. Before --learning-starts actions are
-uniform, as in cup.py, under random z. Evaluations and policy.pt, which is no source for other
-runs, choose the best skill anew at every state; train/return is of skills that last k steps.
+Adapted to SAC, where the original has TRPO: the high level is a discrete SAC whose values have no
+entropy bonus, because A_h is about rewards; the low level is cup.py's SAC on the states
+[s, one-hot z]. Without a trust region a young critic would ruin the skills: they learn from
+--guidance-starts on. They keep the sources' standardisation, but may learn to see what the
+sources' own tasks never showed. Before --learning-starts actions are uniform, as in cup.py, under
+random z; those segments, and those of skills as they were, are replayed like all others. With the
+same seed the goals are those of SAC, the networks and the random actions are not.
+
+It takes cup.py's arguments; of those of the guidance only --guidance-starts means something here.
+Evaluations choose the best skill anew at every state; train/return is of skills that last k steps.
+policy.pt holds both levels: neither --evaluate nor --sources takes it. `high/...`,
+`loss/high_...` and `skill/selected/<source>`, the mean pi_h, are the high level's; `low/reward`,
+`alpha`, `entropy`, `loss/critic` and `loss/actor` the low level's.
 """
 
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cup
 
 
@@ -86,8 +95,11 @@ def high_value(log_prob: Tensor, q: Tensor) -> Tensor:
     return (log_prob.exp() * q.amin(dim=0)).sum(dim=1)
 
 
-def low_reward(mean_reward, terminated, first_value, last_value, gamma_h: float) -> Tensor:
-    """A_h / k = R / k + gamma_h V_h(s_k) - V_h(s_0), (batch,); V_h is that of rewards R / k."""
+def low_reward(
+    mean_reward: Tensor, terminated: Tensor, first_value: Tensor, last_value: Tensor,
+    gamma_h: float,
+) -> Tensor:
+    """A_h / k = R / k + gamma_h V_h(s_k) - V_h(s_0), all (batch,); V_h is that of rewards R / k."""
     return mean_reward + gamma_h * (1 - terminated) * last_value - first_value
 
 
@@ -130,7 +142,7 @@ class HAAR(cup.Agent):
         self.segments = [[] for _ in range(args.num_envs)]  # of steps s, s', a, r, z
 
     @torch.no_grad()
-    def act(self, obs: Tensor, episode_steps) -> Tensor:
+    def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
         """Sampled actions of the skills, which pi_h chooses every k steps of an episode."""
         chosen = torch.multinomial(self.actor.high_log_prob(obs).exp(), 1).squeeze(1)
         begins = torch.tensor(episode_steps, device=obs.device) % self.args.k == 0
@@ -149,6 +161,7 @@ class HAAR(cup.Agent):
                 self.z[i] = torch.randint(len(self.sources), ())
 
     def end_segment(self, i: int, terminated: float) -> None:
+        """Put the steps of environment i's segment into the replay buffer."""
         obs, next_obs, action, reward, z = map(torch.stack, zip(*self.segments[i], strict=True))
         is_last = torch.zeros_like(z)
         is_last[-1] = 1

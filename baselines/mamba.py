@@ -43,7 +43,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cup
@@ -192,8 +191,9 @@ class Mamba(cup.Agent):
     @torch.enable_grad()
     def train_value(self, k: int) -> None:
         """Regress V^k on the returns of source k."""
-        recent = slice(max(0, self.visits[k].size - self.RECENT_STATES), self.visits[k].size)
-        recent = Visits(*(column[recent] for column in self.visits[k].columns))
+        buffer = self.visits[k]
+        newest = buffer.position - 1 - torch.arange(min(buffer.size, self.RECENT_STATES))
+        recent = Visits(*(column[newest % buffer.capacity] for column in buffer.columns))
         target = self.returns_of(k, recent)
         unexplained = (target - recent.forecast).var(correction=0)
         explained = 1 - unexplained / target.var(correction=0).clamp(min=1e-8)
@@ -215,9 +215,8 @@ class Mamba(cup.Agent):
             return target
         values = torch.cat([value(batch.next_obs) for value in self.values], dim=1)  # (batch, K)
         f, largest = values.max(dim=1)
-        shares = F.one_hot(largest, len(self.names)).float().mean(dim=0).tolist()
-        for name, share in zip(self.names, shares, strict=True):
-            self.logged[f"value/largest/{name}"] = share
+        for k, name in enumerate(self.names):
+            self.logged[f"value/largest/{name}"] = (largest == k).float().mean()
         one_step = batch.reward + self.args.gamma * (1 - batch.terminated) * f
         return (1 - lam) * one_step + lam * target
 

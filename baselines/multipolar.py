@@ -52,9 +52,9 @@ class Args(cup.Args):
 class Aggregate(cup.Actor):
     """The target policy: obs (batch, obs_dim) -> mean, log_std (batch, action_dim)."""
 
-    def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict):
-        super().__init__(obs_dim, action_dim, args.hidden_sizes)
-        self.sources = sources
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes, sources: dict):
+        super().__init__(obs_dim, action_dim, hidden_sizes)
+        self.sources = sources  # a dict: the sources are no part of its weights
         self.theta = nn.Parameter(torch.ones(len(sources), action_dim))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class Multipolar(cup.Agent):
         super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
         # F starts as SAC's actor with the same seed does, and draws no random numbers for it
         with torch.random.fork_rng():
-            actor = Aggregate(args, obs_dim, action_dim, sources).to(device)
+            actor = Aggregate(obs_dim, action_dim, args.hidden_sizes, sources).to(device)
         actor.load_state_dict(actor.state_dict() | self.actor.state_dict())
         self.actor = actor
         self.actor_optimizer = cup.Adam(actor.parameters(), args.policy_lr)

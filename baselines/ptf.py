@@ -9,30 +9,37 @@ each is worth and when to leave it, and the target policy imitates the best opti
 As in the paper and its released code: double Q-learning of the options that are compatible with
 the action taken (and of the active one, as in the code), the termination loss with its adaptive
 xi, active options that are chosen greedily ever more often, imitation by c f(t) (1 - beta) times
-the KL from the source, with f falling slowly over the episodes t.
+the KL from the source, with f falling over the episodes t. Both are slow: after 500,000 steps, or
+1,000 episodes, f is 0.98 and half of the choices are greedy.
 
-Adapted to SAC: the original imitates on its way (A3C, PPO); SAC learns from replay, where the
-active option is an old choice, so the teacher at a state is the option that is best now. c counts
-against SAC's loss, not PPO's. The value head is linear, where the code's last version has a tanh,
+Adapted to SAC: the original is on policy (A3C, PPO); SAC learns from replay, where the active
+option is an old choice, so the teacher at a state is the option that is best now. c counts against
+SAC's loss, not PPO's. The value head is linear, where the code's last version has a tanh,
 which these returns would saturate. One optimiser serves both losses of the option network; its
 target network follows slowly, as the critic's does. Sources are bounded as for CUP
 (`cup.query_sources`), for the KL and for the question whether an action is theirs.
+
+It takes cup.py's arguments; of those of the guidance only --guidance-starts means something here:
+the imitation begins. It logs `guidance/weight`, c f (1 - beta), `guidance/kl`, the KL from the
+teacher, `guidance/selected/<source>`, the share of states at which it is the teacher,
+`option/match/<source>`, the share of actions that are compatible with it, and
+`option/termination`, the teacher's beta.
 """
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cup
 
-GREEDY_STEP, GREEDY_MAX = 5e-4, 0.9  # share of greedy choices: what an episode adds, and its end
+GREEDY_STEP, GREEDY_MAX = 5e-4, 0.9  # share of greedy choices: what an episode adds, the most
 
 
 @dataclass
@@ -67,7 +74,8 @@ class OptionNetwork(nn.Module):
 def is_compatible(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Which sources could have taken the action (batch, action_dim): bool (batch, n).
 
-    Those whose mean is within one standard deviation of it, before the tanh, in every dimension.
+    Those whose mean is within one standard deviation of it, before the tanh, in every dimension;
+    mean, log_std (batch, n, action_dim).
     """
     low, high = torch.tanh(mean - log_std.exp()), torch.tanh(mean + log_std.exp())
     action = action.unsqueeze(1)
@@ -80,7 +88,8 @@ def option_target(
 ) -> Tensor:
     """y_o (batch, n): the option goes on with probability 1 - beta_o(s'), else the best follows.
 
-    next_value chooses the best and next_target_value scores it (double Q-learning).
+    next_value chooses the best and next_target_value scores it (double Q-learning). reward,
+    terminated (batch,), the others (batch, n).
     """
     best = next_target_value.gather(1, next_value.argmax(dim=1, keepdim=True))
     follow = (1 - termination) * next_target_value + termination * best
@@ -117,13 +126,14 @@ class PTF(cup.Agent):
         self.register_buffer("episodes", torch.tensor(0))
 
     @torch.no_grad()
-    def act(self, obs: Tensor, episode_steps) -> Tensor:
+    def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
         """The target policy's actions; beside that, options end and others become active."""
         value, termination = (x.cpu() for x in self.options(obs))
         num_envs, num_options = value.shape
         starts = torch.tensor(episode_steps) == 0
         self.episodes += starts.sum()
         chance = torch.rand(2, num_envs, generator=self.generator)
+        # where no option is active, -1 reads the last one's; the choice below overrides it
         ends = chance[0] < termination[torch.arange(num_envs), self.active]
         greedy = chance[1] < min(GREEDY_MAX, GREEDY_STEP * self.episodes.item())
         other = torch.randint(num_options, (num_envs,), generator=self.generator)
@@ -155,9 +165,9 @@ class PTF(cup.Agent):
             options = torch.arange(len(self.sources), device=row.device)
             active = batch.option.unsqueeze(1) == options
             advantage = termination_advantage(next_value, args.xi)
-            ends = active * (1 - batch.terminated).unsqueeze(1)
+            may_end = active * (1 - batch.terminated).unsqueeze(1)
         option_loss = ((match | active) * (target - value).square()).sum(dim=1).mean()
-        termination_loss = (ends * next_termination * advantage).sum(dim=1).mean()
+        termination_loss = (may_end * next_termination * advantage).sum(dim=1).mean()
         self.option_optimizer.minimize(option_loss + termination_loss)
         teacher = value.detach().argmax(dim=1)
         termination = termination.detach()[row, teacher]
@@ -186,18 +196,20 @@ class PTF(cup.Agent):
 
         # ---- target networks
         with torch.no_grad():
-            for name in ("critic", "options"):
-                slow, fast = getattr(self, f"target_{name}"), getattr(self, name)
+            for slow, fast in (
+                (self.target_critic, self.critic), (self.target_options, self.options)
+            ):
                 for target, online in zip(slow.parameters(), fast.parameters()):
                     target.lerp_(online, args.tau)
 
-        info = {"loss/critic": critic_loss, "loss/actor": actor_loss, "loss/kl": kl_loss}
-        info |= {"loss/option": option_loss, "loss/termination": termination_loss}
-        info |= {"alpha": alpha, "entropy": entropy, "guidance/weight": weight.mean()}
-        info |= {"guidance/kl": kl.mean(), "option/termination": termination.mean()}
-        selected = F.one_hot(teacher, len(self.sources)).float().mean(dim=0)
+        info = {
+            "loss/critic": critic_loss, "loss/actor": actor_loss, "loss/kl": kl_loss,
+            "loss/option": option_loss, "loss/termination": termination_loss,
+            "alpha": alpha, "entropy": entropy, "guidance/weight": weight.mean(),
+            "guidance/kl": kl.mean(), "option/termination": termination.mean(),
+        }
         for k, name in enumerate(self.sources):
-            info[f"guidance/selected/{name}"] = selected[k]
+            info[f"guidance/selected/{name}"] = (teacher == k).float().mean()
             info[f"option/match/{name}"] = match[:, k].float().mean()
         return {name: scalar.detach() for name, scalar in info.items()}
 

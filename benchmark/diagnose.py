@@ -11,7 +11,7 @@ policy. The columns:
 - again: the same with fresh actions, so without the luck that made the source the best
 - lasting: that by the target critic, a running average of the critic over some 200 updates: what
   is left without the errors that come and go with every update
-- twins_agree: where, with these, both critics put the source ahead; a quarter by chance
+- twins_agree: where, as in `again`, both critics put the source ahead; a quarter by chance
 - weight, kl: beta_s (Eq. 12) and the KL (Eq. 9), means over those states
 - pull: the KL term's gradient with respect to the policy's mean, as a multiple of the gradient of
   SAC's loss; well above 1, imitation overrules the critic
@@ -56,9 +56,9 @@ def load_agent(run_dir: Path) -> tuple[cup.Agent, dict]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state, sources = checkpoint["agent"], checkpoint["sources"]
         sizes = [next(iter(sources.values()))["actor"][f"{x}_dim"] for x in ("obs", "action")]
-    except Exception as error:  # whatever is wrong with the file
-        raise cup.UserError(f"{run_dir} has no checkpoint with sources ({error!r})") from error
-    args = cup.Args(**checkpoint["args"] | {"cuda": False})
+        args = cup.Args(**checkpoint["args"] | {"cuda": False, "compile": False})
+    except Exception as error:  # no file, another method's, or an older cup.py's
+        raise cup.UserError(f"{run_dir} has no checkpoint of a CUP run ({error!r})") from error
     args.buffer_size = len(state["buffer._extra_state"]["columns"][0])  # as much as there is
     agent = cup.Agent(args, *sizes, {name: cup.build_actor(x) for name, x in sources.items()})
     agent.load_state_dict(state)
@@ -89,7 +89,8 @@ def guidance_and_pull(agent: cup.Agent, batch: cup.Batch) -> tuple[dict, Tensor]
 def fresh_advantage(actor, critic, batch: cup.Batch, source: Tensor, samples: int) -> Tensor:
     """Advantage (3, batch) of each state's `source` over the target policy `actor`.
 
-    By the first critic, by the second, and by the lesser Q, which is what counts.
+    By the first critic, by the second, and by the lesser Q, which is what counts; without the
+    entropy term of Eq. 4.
     """
     row = torch.arange(len(batch.obs))
     dists = (batch.source_mean[row, source], batch.source_log_std[row, source]), actor(batch.obs)

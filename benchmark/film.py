@@ -35,11 +35,14 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     actor = cup.load_policy(args.policy)
-    env = cup.make_env(args.env_id or actor.about["env_id"], args.seed, render_mode="rgb_array")
+    env_id = args.env_id or actor.about.get("env_id")
+    if not str(env_id).endswith(("-v2", "-v3")):
+        raise cup.UserError(f"{args.policy} is of {env_id}: name a Meta-World task with --env-id")
+    env = cup.make_env(env_id, args.seed, render_mode="rgb_array")
     env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera(args.camera).id
     obs, _ = env.reset()
     frames, steps, after_success, done = [], 0, 0, False
-    # two seconds after the success the rest of the episode shows nothing new
+    # forty steps, half a second, after the success the rest of the episode shows nothing new
     while not done and after_success < 40:
         if steps % 4 == 0:
             picture = env.render()
@@ -56,4 +59,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except cup.UserError as error:
+        print(f"film.py: {error}", file=sys.stderr)
+        sys.exit(2)

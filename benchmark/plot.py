@@ -153,13 +153,12 @@ def figure2(curves: dict[str, dict[str, Seeds]], what: str, path: Path) -> None:
 def scores(curve: np.ndarray) -> list[float]:
     """Success area, return area, final and best success, steps to 50 % of one seed.
 
-    An area is the mean height of the curve between its first and last evaluation.
+    An area is the mean of the evaluations, which are at equal distances.
     """
     steps, success, returns = curve
-    span = np.ptp(steps)
-    areas = [np.trapezoid(y, steps) / span if span else y[0] for y in (success, returns)]
     half = steps[success >= 0.5]
-    return [*areas, success[-1], success.max(), half[0] if len(half) else np.nan]
+    to_half = half[0] if len(half) else np.nan
+    return [success.mean(), returns.mean(), success[-1], success.max(), to_half]
 
 
 def markdown(titles: list[str], lines: list[list]) -> str:
@@ -264,7 +263,7 @@ def figure4(rows: list[dict[str, str]], path: Path) -> None:
     about, size = rows[0], np.mean([abs(float(row["value"])) for row in rows])
     title = f"Figure 4: one episode of seed {about['seed']} after {int(about['trained']):,} steps"
     figure, panels = sheet(title, f"advantage; mean |V| is {size:.1f}", (about["env_id"],))
-    (axes,), lines, colours = panels.values(), {}, dict(CANDIDATES)
+    axes, lines, colours = panels[about["env_id"]], {}, dict(CANDIDATES)
     for name in dict.fromkeys(row["candidate"] for row in rows):
         values = [float(row["advantage"]) for row in rows if row["candidate"] == name]
         colour = colours.setdefault(name, SPARE[len(colours) - len(CANDIDATES)])

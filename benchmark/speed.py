@@ -17,6 +17,7 @@ the others, and is a row of speed.csv; speed.md has the medians and their ratios
 import dataclasses
 import importlib
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -36,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 import cup
 from benchmark.transfer import read_csv, update_csv
 
-CORES = sorted(os.sched_getaffinity(0))
-OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", f"study-{len(CORES)}"]
+ON_LINUX = hasattr(os, "sched_getaffinity")
+NUM_CORES = len(os.sched_getaffinity(0)) if ON_LINUX else os.cpu_count()
+OURS = ["cup-0", "cup-3", "cup-6", "update-0", "update-3", f"study-{NUM_CORES}"]
 OURS += [f"{name}-compiled" for name in OURS]
 BASELINES = ("multipolar", "mamba", "ptf", "haar")
 RATIOS = [("cup-0", "sb3"), ("cup-3", "sb3"), ("cup-0", "sbx"), ("cup-3", "sbx")]
@@ -56,7 +58,7 @@ class Args:
     what: tuple[str, ...] = (*OURS, *BASELINES, *PACKAGES, "products")  # see above
     steps: int = 2_000  # environment steps of a measurement; as many before it are not counted
     repeats: int = 5  # measurements of each
-    threads: int = len(CORES)  # CPU threads, but for study-K
+    threads: int = NUM_CORES  # CPU threads, but for study-K
     env_id: str = "push-v2"  # the task
     out: Path = ROOT / "benchmark"  # where the csv and the table go
     only: str | None = None  # measure this one in this process and print the number
@@ -64,7 +66,7 @@ class Args:
 
 def measure(name: str, args: Args) -> float:
     torch.set_num_threads(args.threads)
-    torch.empty(7_500_000)  # once 30 MB were freed, glibc keeps memory, as it does in training
+    torch.empty(7_500_000)  # 30 MB, freed at once: now glibc keeps memory, as it does in training
     kind, *variant = name.split("-")
     compiled = "compiled" in variant
     flags = ["--compile"] * compiled
@@ -86,7 +88,7 @@ def cup_rate(
     first, rate, quiet = RANDOM_STEPS + args.steps, 0.0, {"stdout": subprocess.DEVNULL}
     command = [sys.executable, ROOT / script, "--env-id", args.env_id, "--log-interval", "100"]
     command += ["--learning-starts", str(RANDOM_STEPS), "--guidance-starts", str(RANDOM_STEPS)]
-    command += ["--total-timesteps", str(first + args.steps), "--no-cuda", *flags]
+    command += ["--total-timesteps", str(first + args.steps + 100), "--no-cuda", *flags]
     command += ["--sources", "--num-random-sources", num_sources, "--eval-episodes", "1"]
     with tempfile.TemporaryDirectory() as folder:
         run_dirs = [Path(folder, str(k)) for k in range(runs)]
@@ -94,14 +96,17 @@ def cup_rate(
         if any([process.wait() for process in processes]):
             sys.exit(1)
         for run_dir in run_dirs:
-            rows = [row for row in read_csv(run_dir / "metrics.csv") if int(row["step"]) > first]
+            rows = read_csv(run_dir / "metrics.csv")
+            # without the last row, in whose time a run's last evaluation lies
+            rows = [row for row in rows[:-1] if int(row["step"]) > first]
             rate += statistics.harmonic_mean([float(row["time/steps_per_second"]) for row in rows])
     return rate
 
 
 def peer_rate(args: Args, name: str) -> float:
     """Steps/s of Stable-Baselines3's or SBX's SAC, with the same settings."""
-    os.sched_setaffinity(0, CORES[: args.threads])  # JAX has as many threads as cores
+    if ON_LINUX:  # JAX has as many threads as cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     package = importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[name])
     settings = {"learning_starts": RANDOM_STEPS, "batch_size": 256, "buffer_size": 100_000}
     settings |= {"policy_kwargs": {"net_arch": [256, 256]}, "train_freq": 1, "gradient_steps": 1}
@@ -162,6 +167,7 @@ def table(rows: list[dict[str, str]]) -> str:
     for what, unit in dict.fromkeys((row["what"], row["unit"]) for row in rows):
         numbers = [median.get((what, run)) for run in about]
         lines.append([f"{what}, {unit}", *(f"{x:.4g}" if x else "" for x in numbers)])
+    # a peer, without a "-", has no compiled variant
     for a, b in RATIOS + [(f"{a}-compiled", b + "-compiled" * ("-" in b)) for a, b in RATIOS]:
         pairs = [(median.get((a, run)), median.get((b, run))) for run in about]
         if any(all(pair) for pair in pairs):
@@ -173,8 +179,10 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.only:
         return print(measure(args.only, args))
-    info = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    about = {"run": time.strftime("%Y-%m-%d %H:%M"), "machine": f"{info}, {len(CORES)} cores"}
+    info = platform.processor()
+    if ON_LINUX:
+        info = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    about = {"run": time.strftime("%Y-%m-%d %H:%M"), "machine": f"{info}, {NUM_CORES} cores"}
     packages = ["torch", *(package for name, package in PACKAGES.items() if name in args.what)]
     about["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
     about |= {"threads": args.threads, "steps": args.steps}

@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")
 TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
 STEPS = 500_000  # of every run: where it ends must not depend on its result
-# the settings in tuning.csv; add others at the end, and older rows will be empty there
+# the settings in tuning.csv, some of which only older rows have
 TUNED = ["sources", "beta1", "beta2", "num_guidance_samples", "soft_advantage"]
 TUNED += ["source_mean_bound", "source_log_std_min", "guidance_starts", "num_envs", "utd_ratio"]
 TUNED += ["batch_size", "policy_lr", "q_lr", "alpha_lr", "init_alpha", "second_look"]
 TUNED += ["c", "gae_lambda", "rollout_share", "high_entropy", "freeze_skills"]  # the baselines'
 # what tells the methods of cup.py apart; the others are baselines/NAME.py
-FLAGS = {"cup": "", "sac": "--sources"}
+FLAGS = {"cup": "", "sac": "--num-random-sources 0 --sources"}
 # what the csv files call columns of metrics.csv; {} is a candidate
 SCORES = {"success_rate": "eval/success_rate", "return": "eval/return"}
 TUNING = SCORES | {"target_selected": "guidance/selected/target", "entropy": "entropy"}
@@ -48,8 +48,8 @@ SELECTION |= {"success_rate": "train/success_rate"}
 class Args:
     """Run the transfer study, or look at it. Arguments of cup.py follow a `--`."""
 
-    tasks: tuple[str, ...] = TASKS
-    methods: tuple[str, ...] = ("cup", "sac")  # multipolar, mamba, ptf, haar
+    tasks: tuple[str, ...] = TASKS  # target tasks
+    methods: tuple[str, ...] = ("cup", "sac")  # also: multipolar, mamba, ptf, haar
     seeds: tuple[int, ...] = (1, 2, 3)  # the first of every task comes before the second of any
     total_timesteps: int = STEPS  # environment steps of a run
     workers: int = os.cpu_count() or 1  # runs at a time, one thread each
@@ -66,7 +66,7 @@ def make_commands(args: Args, extra: list[str]) -> dict[Path, list[str]]:
     """The command of every run directory, in the order in which they are to be made."""
     commands = {}
     for seed, env_id, method in itertools.product(args.seeds, args.tasks, args.methods):
-        run_dir = args.runs_dir / "__".join([env_id, method, str(seed), *args.tag.split()])
+        run_dir = args.runs_dir / "__".join([env_id, method, str(seed), *([args.tag] if args.tag else [])])
         script = "cup.py" if method in FLAGS else f"baselines/{method}.py"
         command = [os.path.relpath(ROOT / script), "--env-id", env_id, "--seed", str(seed)]
         command += ["--total-timesteps", str(args.total_timesteps), "--threads", "1"]
@@ -132,7 +132,14 @@ def submit(args: Args, todo: list[tuple[Path, list[str]]]) -> None:
     limits = {"timeout_min": 3 * 24 * 60, "cpus_per_task": 1, "mem_gb": 8}
     limits["slurm_additional_parameters"] = {"signal": "TERM@120"}  # two minutes before the end
     executor.update_parameters(name="cup", slurm_array_parallelism=args.workers, **limits)
-    executor.map_array(lambda run: (process := start(*run)) and process.wait(), todo)
+    executor.map_array(run_on_cluster, todo)
+
+
+def run_on_cluster(run: tuple[Path, list[str]]) -> None:
+    """A job; it fails if its run does."""
+    process = start(*run)
+    if process and process.wait() != 0:
+        sys.exit(f"{run[0].name} failed: see its log.txt")
 
 
 def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) -> None:

@@ -74,4 +74,4 @@ def test_what_it_cannot_look_into(tmp_path, monkeypatch, capsys):
             diagnose.main()
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "no checkpoint with sources" in line
+        assert "no checkpoint of a CUP run" in line
