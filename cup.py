@@ -144,8 +144,7 @@ class SeededEpisodes(gym.Wrapper):
         episode_seed = derive_seed(self.seed, self.episode)
         random.seed(episode_seed)  # some environments draw from the global generators
         np.random.seed(episode_seed)
-        if hasattr(self.unwrapped, "seeded_rand_vec"):
-            self.unwrapped.seed(episode_seed)  # Meta-World's reset ignores its seed
+        self.unwrapped.np_random = np.random.default_rng(episode_seed)  # Meta-World ignores a seed
         obs = self.checked(self.env.reset(seed=episode_seed)[0])
         for action in actions:
             obs = self.step(action)[0]
@@ -186,7 +185,7 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEp
             env._partially_observable = False  # show the goal in the observation, ...
             del env.sawyer_observation_space  # ... which cached bounds would clip to zero
             env._freeze_rand_vec = False  # a new goal for every episode, ...
-            env.seeded_rand_vec = env._set_task_called = True  # ... from env.seed
+            env.seeded_rand_vec = env._set_task_called = True  # ... from env.np_random
             return SeededEpisodes(env, seed)
         env = gym.make(env_id, **options)
     except Exception as error:  # an environment's own code may raise anything
