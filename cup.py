@@ -134,8 +134,8 @@ class SeededEpisodes(gym.Wrapper):
         super().__init__(env)
         self.seed, self.episode, self.start_at = seed, -1, None
         self.low, self.high = env.action_space.low, env.action_space.high
-        obs_shape = (math.prod(env.observation_space.shape),)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs_shape, np.float32)
+        obs_dim = gym.spaces.flatdim(env.observation_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (self.low.size,), np.float32)
 
     def reset(self, *, seed=None, options=None):
@@ -163,7 +163,7 @@ class SeededEpisodes(gym.Wrapper):
         return self.checked(obs, reward), reward, terminated, truncated, info
 
     def checked(self, obs, reward: float = 0.0) -> np.ndarray:
-        obs = np.asarray(obs, np.float32).reshape(-1)
+        obs = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise UserError(f"the environment returned NaN or infinity in episode {self.episode}")
         return obs
@@ -190,8 +190,6 @@ def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEp
         env = gym.make(env_id, **options)
     except Exception as error:  # an environment's own code may raise anything
         raise UserError(f"cannot make {env_id!r}: {error!r}") from error
-    if not isinstance(env.observation_space, gym.spaces.Box):
-        env = gym.wrappers.FlattenObservation(env)
     space = env.action_space
     is_continuous = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if not (is_continuous and space.is_bounded()):

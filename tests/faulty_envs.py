@@ -133,7 +133,6 @@ for kind in (Walk, *Walk.__subclasses__()):
 for name, changes in {
     "Huge": {"reward": 1e30},  # its square overflows a 32-bit float
     "Grid": {"observation_space": Box(-np.inf, np.inf, (2, 3), np.float32)},
-    "Fractions": {"observation_space": Box(-100, 100, (2,), np.int64)},  # and they are none
     "Column": {"action_space": Box(-1, 1, (3, 1), np.float32)},
     "Scalar": {"action_space": Box(-1, 1, (), np.float32)},
     "Constant": {"action_space": Box(*np.array([[-1, 0.3], [1, 0.3]], np.float32))},
