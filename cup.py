@@ -169,14 +169,13 @@ class SeededEpisodes(gym.Wrapper):
         return obs
 
 
-def make_env(env_id: str, seed: int, render_mode: str | None = None) -> SeededEpisodes:
+def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
     """One environment; same seed, same sequence of episodes. Raises UserError for a wrong id.
 
     Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
     tasks, task = {}, env_id[:-1] + "3"
-    options = {"render_mode": render_mode} if render_mode else {}  # not every environment has one
     try:
         if env_id.endswith(("-v2", "-v3")):
             from metaworld import ALL_V3_ENVIRONMENTS as tasks
