@@ -147,7 +147,7 @@ class SeededEpisodes(gym.Wrapper):
         self.unwrapped.np_random = np.random.default_rng(episode_seed)  # Meta-World ignores a seed
         obs = self.checked(self.env.reset(seed=episode_seed)[0])
         for action in actions:
-            obs = self.step(action)[0]
+            obs = self.step(np.array(action, np.float32))[0]
         return obs, {}
 
     def step(self, action: np.ndarray):
@@ -155,7 +155,7 @@ class SeededEpisodes(gym.Wrapper):
         scaled = center + half_range * action.reshape(center.shape)
         scaled = np.clip(scaled, self.low, self.high)  # rounding may leave the bounds
         obs, reward, terminated, truncated, info = self.env.step(scaled)
-        self.actions.append(action.copy())
+        self.actions.append(action.tolist())
         self.episode_return += float(reward)
         self.success = np.fmax(self.success, info.get("success", info.get("is_success", np.nan)))
         ended = terminated or truncated
@@ -674,8 +674,7 @@ def evaluate(
     """
     device, results = next(actor.parameters()).device, []
     todo = [len(range(index, episodes, envs.num_envs)) for index in range(envs.num_envs)]
-    for env in envs.envs:
-        env.start_at = (first_episode, ())
+    envs.set_attr("start_at", [(first_episode, ())] * envs.num_envs)
     obs, _ = envs.reset()
     while any(todo):
         mean, log_std = actor(torch.as_tensor(obs, device=device))
@@ -800,8 +799,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         torch.set_rng_state(checkpoint["rng_state"])
-        for env, (episode, actions) in zip(envs.envs, checkpoint["episodes"], strict=True):
-            env.start_at = (episode, np.array(actions, np.float32))
+        envs.set_attr("start_at", checkpoint["episodes"])
     obs = torch.as_tensor(envs.reset()[0], device=device)
     logger = Logger(args, run_dir, checkpoint)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -818,7 +816,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         state["info"] = {name: float(value) for name, value in info.items()}
         state["agent"] = agent.state_dict()
         state["sources"] = {name: policy_content(actor) for name, actor in sources.items()}
-        state["episodes"] = [(env.episode, np.array(env.actions).tolist()) for env in envs.envs]
+        state["episodes"] = [(env.episode, env.actions) for env in envs.envs]
         state["rng_state"] = torch.get_rng_state()
         save(state, run_dir / "checkpoint.pt")
 

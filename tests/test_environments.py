@@ -96,7 +96,7 @@ def test_an_episode_is_rebuilt_bit_for_bit_from_its_number_and_actions(task):
     for action in actions[:40]:
         obs = env.step(action)[0]
 
-    rebuilt.start_at = env.episode, np.array(env.actions)
+    rebuilt.start_at = env.episode, env.actions
     np.testing.assert_array_equal(rebuilt.reset()[0], obs)
     assert rebuilt.episode_return == env.episode_return
     for action in actions[40:]:
