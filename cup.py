@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -380,9 +380,7 @@ def guidance_loss(
 
 
 @torch.no_grad()
-def query_sources(
-    sources: Collection[Actor], obs: Tensor, action_dim: int
-) -> tuple[Tensor, Tensor]:
+def query_sources(sources: dict, obs: Tensor, action_dim: int) -> tuple[Tensor, Tensor]:
     """Mean and log-std (batch, n, action_dim) of the n sources at obs (batch, obs_dim).
 
     Bounded, because a source that is nearly deterministic or saturated gives almost no probability
@@ -390,7 +388,7 @@ def query_sources(
     bounds and stays near 10 nats with 2.5 for the mean and -1.5 for the log-std.
     """
     mean, log_std = obs.new_empty(2, len(obs), len(sources), action_dim)
-    for k, actor in enumerate(sources):
+    for k, actor in enumerate(sources.values()):
         mean[:, k], log_std[:, k] = actor(obs)
     return mean.clamp(-2.5, 2.5), log_std.clamp(min=-1.5)
 
@@ -504,7 +502,7 @@ class Agent(nn.Module):
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
         """Put transitions into the replay buffer, one of each environment."""
-        dists = query_sources(self.sources.values(), obs, action.shape[1])
+        dists = query_sources(self.sources, obs, action.shape[1])
         self.buffer.add(Batch(obs, next_obs, action, reward, terminated, *dists))
 
     @torch.no_grad()

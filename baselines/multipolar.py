@@ -61,7 +61,7 @@ class Aggregate(cup.Actor):
         residual, log_std = super().forward(obs)  # F(s)
         with torch.no_grad():
             # A_k(s), (batch, K, action_dim), before the tanh; log-stds have no part in this
-            action, _ = cup.query_sources(self.sources.values(), obs, self.action_dim)
+            action, _ = cup.query_sources(self.sources, obs, self.action_dim)
         # theta is divided first, and not the sum: theta = K e_k is source k to the last bit
         aggregate = (self.theta / len(self.sources) * action).sum(dim=1)
         return aggregate + residual, log_std

@@ -142,7 +142,7 @@ class PTF(cup.Agent):
         return super().act(obs, episode_steps)
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
-        dists = cup.query_sources(self.sources.values(), obs, action.shape[1])
+        dists = cup.query_sources(self.sources, obs, action.shape[1])
         option = self.active.to(obs)  # as float, on its device
         self.buffer.add(OptionBatch(obs, next_obs, action, reward, terminated, *dists, option))
 

@@ -143,7 +143,7 @@ def play(run_dir: Path, samples: int, path: Path) -> None:
         done = terminated or truncated
     print(f"{run_dir}: return {info['return']:.1f}, success {info['success']:.0%}")
     obs = torch.stack(states)
-    sources = cup.query_sources(agent.sources.values(), obs, agent.actor.action_dim)
+    sources = cup.query_sources(agent.sources, obs, agent.actor.action_dim)
     parts = zip(sources, agent.actor(obs))
     mean, log_std = (torch.cat([x, y.unsqueeze(1)], dim=1) for x, y in parts)  # (steps, n + 1, ...)
     torch.manual_seed(1)

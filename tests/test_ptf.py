@@ -33,7 +33,7 @@ def make_agent(num_sources: int = 3, **changes) -> ptf.PTF:
 def make_batch(agent: ptf.PTF, active: float = -1.0) -> ptf.OptionBatch:
     """Random transitions with the same option active in all."""
     batch = random_batch(BATCH, OBS_DIM, ACTION_DIM)
-    dists = cup.query_sources(agent.sources.values(), batch.obs, ACTION_DIM)
+    dists = cup.query_sources(agent.sources, batch.obs, ACTION_DIM)
     return ptf.OptionBatch(*batch[:5], *dists, torch.full((BATCH,), active))
 
 
