@@ -766,9 +766,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     run_dir = Path(args.run_dir or f"runs/{name}")
     checkpoint = load_checkpoint(args, method, run_dir)
     device = torch.device("cuda" if args.cuda else "cpu")
-    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments become denormal numbers, which are slow
-    torch.manual_seed(args.seed)
     stop = Event()
 
     def on_signal(number, _):
@@ -894,8 +892,6 @@ def score_policy(args: Args) -> None:
     # "module:Name" would import a module that a stranger's file chose
     if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
     envs = make_envs(env_id, args.num_envs, args.seed, 2)
     sizes = envs.single_observation_space.shape + envs.single_action_space.shape
     check_sizes(args.evaluate, actor, env_id, sizes)
@@ -913,6 +909,8 @@ def score_policy(args: Args) -> None:
 def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> None:
     try:
         args = tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(args.seed)
         if args.evaluate:
             score_policy(args)
         else:
