@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from threading import Event
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -767,10 +766,10 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     checkpoint = load_checkpoint(args, method, run_dir)
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_flush_denormal(True)  # Adam's moments become denormal numbers, which are slow
-    stop = Event()
+    signals = []
 
     def on_signal(number, _):
-        stop.set()  # after the present step or evaluation; a second signal ends the run at once
+        signals.append(number)  # heeded after this step or evaluation; a second ends it at once
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, on_signal)
@@ -820,7 +819,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         return step % interval < args.num_envs
 
     try:
-        while not stop.is_set():
+        while not signals:
             # ---- evaluate, log, save
             row, is_last = {}, step >= args.total_timesteps
             is_new = step > logger.last("step")  # not so if the checkpoint holds this step's row
@@ -876,7 +875,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         envs.close()
         eval_envs.close()
         save_checkpoint()
-    if stop.is_set():
+    if signals:
         print(f"stopped at step {step:,}: the same command with --resume goes on")
     else:
         print(f"finished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
