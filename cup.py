@@ -807,12 +807,10 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         if not all(math.isfinite(value) for value in info.values()):
             return  # the one before is better
         state = {"args": asdict(args), "method": method, "step": step, "recent": recent[-20:]}
-        state |= {"rows": logger.rows, "wandb_id": logger.wandb_id}
-        state["info"] = {name: float(value) for name, value in info.items()}
-        state["agent"] = agent.state_dict()
+        state |= {"rows": logger.rows, "wandb_id": logger.wandb_id, "info": info}
+        state |= {"agent": agent.state_dict(), "rng_state": torch.get_rng_state()}
         state["sources"] = {name: policy_content(actor) for name, actor in sources.items()}
         state["episodes"] = [(env.episode, env.actions) for env in envs.envs]
-        state["rng_state"] = torch.get_rng_state()
         save(state, run_dir / "checkpoint.pt")
 
     def due(interval):  # was a multiple of `interval` among the steps just taken?
