@@ -710,16 +710,14 @@ class Logger:
 
     def __init__(self, args: Args, run_dir: Path, checkpoint: dict):
         self.rows, self.wandb_id = checkpoint.get("rows", []), checkpoint.get("wandb_id")
-        self.run_dir, self.columns, self.tensorboard = run_dir, {}, None
-        self.total_timesteps = args.total_timesteps
+        self.args, self.run_dir, self.columns, self.tensorboard = args, run_dir, {}, None
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
-        if args.track:
-            import wandb
-            about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
-            wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
-            self.wandb_id = wandb.run.id
-        if args.tensorboard or args.track:
+            if args.track:  # it gets what TensorBoard gets
+                import wandb
+                about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
+                wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
+                self.wandb_id = wandb.run.id
             self.tensorboard = SummaryWriter(run_dir, purge_step=self.last("step") + 1)
         self.start = time.monotonic() - self.last("time/seconds")
 
@@ -751,7 +749,7 @@ class Logger:
                 self.tensorboard.add_scalar(name, value, step)
         shown = ("train/", "eval/", "guidance/selected/")
         scores = [f"{name} {row[name]:.3g}" for name in row if name.startswith(shown)]
-        minutes = (self.total_timesteps - step) / rate / 60
+        minutes = (self.args.total_timesteps - step) / rate / 60
         print(f"{step:,} steps, {minutes:.0f} min left", *scores, sep=", ", flush=True)
 
 
