@@ -189,8 +189,7 @@ def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
     except Exception as error:  # an environment's own code may raise anything
         raise UserError(f"cannot make {env_id!r}: {error!r}") from error
     space = env.action_space
-    is_continuous = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating)
-    if not (is_continuous and space.is_bounded()):
+    if not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UserError(f"{env_id} has actions {space}: CUP needs a Box of bounded, real numbers")
     return SeededEpisodes(env, seed)
 
