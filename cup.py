@@ -710,6 +710,7 @@ class Logger:
     def __init__(self, args: Args, run_dir: Path, checkpoint: dict):
         self.rows, self.wandb_id = checkpoint.get("rows", []), checkpoint.get("wandb_id")
         self.args, self.run_dir, self.columns, self.tensorboard = args, run_dir, {}, None
+        self.last = self.rows[-1] if self.rows else {"step": 0, "time/seconds": 0}
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
             if args.track:  # it gets what TensorBoard gets
@@ -717,12 +718,8 @@ class Logger:
                 about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
                 wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
                 self.wandb_id = wandb.run.id
-            self.tensorboard = SummaryWriter(run_dir, purge_step=self.last("step") + 1)
-        self.start = time.monotonic() - self.last("time/seconds")
-
-    def last(self, name: str) -> float:
-        """A value of the last row."""
-        return self.rows[-1][name] if self.rows else 0
+            self.tensorboard = SummaryWriter(run_dir, purge_step=self.last["step"] + 1)
+        self.start = time.monotonic() - self.last["time/seconds"]
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Add a row. Raises UserError for a loss that is not finite."""
@@ -730,10 +727,11 @@ class Logger:
             if name.startswith("loss/") and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
         seconds = time.monotonic() - self.start
-        rate = (step - self.last("step")) / (seconds - self.last("time/seconds"))
+        rate = (step - self.last["step"]) / (seconds - self.last["time/seconds"])
         row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.rows.append(row)
+        self.last = row
         if row.keys() <= self.columns.keys():
             self.csv.writerow(row)
         else:  # it brings a column: the file begins anew
