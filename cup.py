@@ -815,7 +815,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         while not signals:
             # ---- evaluate, log, save
             row, is_last = {}, step >= args.total_timesteps
-            is_new = step > logger.last("step")  # not so if the checkpoint holds this step's row
+            is_new = step > logger.last["step"]  # not so if the checkpoint holds this step's row
             if is_new and (is_last or due(args.eval_interval)):
                 # the step as first episode's number: new goals for every evaluation
                 scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
