@@ -1,9 +1,9 @@
-"""Random transitions, and what a tanh-Gaussian policy does in plain Python numbers."""
+"""Random transitions, what a tanh-Gaussian policy does in plain numbers, what has been learnt."""
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cup
 
@@ -31,3 +31,19 @@ def act(mean: list[float], log_std: list[float], noise: list[float]) -> tuple[Te
         log_prob -= eps**2 / 2 + s + math.log(2 * math.pi) / 2
         log_prob -= math.log(1 - action[-1] ** 2)
     return torch.tensor(action), log_prob
+
+
+def copies(*modules: nn.Module) -> list[Tensor]:
+    """The parameters as they are now."""
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def same(before: list[Tensor], *modules: nn.Module) -> bool:
+    """Whether none of them has changed."""
+    return all(map(torch.equal, before, copies(*modules)))
+
+
+def sac_parameters(agent: cup.Agent) -> list[Tensor]:
+    """What SAC learns."""
+    networks = agent.actor, agent.critic, agent.target_critic
+    return [*copies(*networks), agent.log_alpha.detach().clone()]

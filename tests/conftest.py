@@ -32,9 +32,7 @@ def double_precision():
 @pytest.fixture(scope="session")
 def pendulum(tmp_path_factory):
     """A finished run on Pendulum-v1 that nothing happened to, and what it said."""
-    from program import PENDULUM, call_cup
+    from program import PENDULUM, succeed
 
     run_dir = tmp_path_factory.mktemp("pendulum") / "run"
-    result = call_cup(*PENDULUM, "--run-dir", run_dir)
-    assert result.returncode == 0, result.stderr
-    return run_dir, result
+    return run_dir, succeed(*PENDULUM, "--run-dir", run_dir)

@@ -12,17 +12,26 @@ from gymnasium.spaces import Box, Dict
 
 
 class Walk(gym.Env):
-    """A walk that goes well. `changes` take the place of what stands here."""
+    """A walk that goes well. `changes` take the place of what stands here.
+
+    `fault` says where it fails, after `fault_at` steps in all, or that it observes NaN.
+    """
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
     action_space = Box(-2, 2, (1,), np.float32)
-    reward, length, fault_at = 1.0, np.inf, 30
+    reward, length, fault, fault_at = 1.0, np.inf, None, 0
     lifetime = closed = 0  # steps of this one; how many were closed
 
     def __init__(self, **changes):
         vars(self).update(changes)
+        self.fail_in("making")
+
+    def fail_in(self, place):
+        if self.fault == place and self.lifetime >= self.fault_at:
+            raise RuntimeError(f"it fails in {place}")
 
     def reset(self, *, seed=None, options=None):
+        self.fail_in("reset")
         super().reset(seed=seed)
         self.position, self.time = float(self.np_random.uniform(-1, 1)), 0
         return self.observe(), {}
@@ -33,49 +42,19 @@ class Walk(gym.Env):
         self.position += float(np.sum(action))
         self.time += 1
         self.lifetime += 1
+        self.fail_in("step")
         return self.observe(), self.reward, self.time == self.length, False, self.info()
 
     def close(self):
         Walk.closed += 1
 
     def observe(self):
-        obs = np.array([self.position, self.time], np.float32)
+        is_wrong = self.fault == "NaN" and self.lifetime >= self.fault_at
+        obs = np.array([np.nan if is_wrong else self.position, self.time], np.float32)
         return np.resize(obs, self.observation_space.shape)
 
     def info(self):
         return {}
-
-
-class Raises(Walk):
-    """The environment's own code fails."""
-
-    def info(self):
-        if self.lifetime == self.fault_at:
-            raise RuntimeError("the gripper fell off")
-        return {}
-
-
-class RaisesAtReset(Walk):
-    """The second reset fails: the first is the beginning of the run."""
-
-    def reset(self, *, seed=None, options=None):
-        if self.lifetime:
-            raise RuntimeError("the table is missing")
-        return super().reset(seed=seed)
-
-
-class CannotBeMade(Walk):
-    """The constructor fails."""
-
-    def __init__(self):
-        raise RuntimeError("no robot is connected")
-
-
-class NotANumber(Walk):
-    """The observation becomes NaN."""
-
-    def observe(self):
-        return super().observe() + (np.nan if self.lifetime >= self.fault_at else 0)
 
 
 class Solved(Walk):
@@ -114,15 +93,6 @@ class Grasp(Walk):
     def observe(self):
         return np.array([self.position, self.time, self.lifetime > 30, 0], np.float32)
 
-
-class Vacant(Walk):
-    """An observation that is always 0."""
-
-    observation_space = Box(-np.inf, np.inf, (3,), np.float32)
-
-    def observe(self):
-        return np.array([self.position, self.time, 0], np.float32)
-
     def info(self):
         return {"success": self.position < -1}
 
@@ -131,6 +101,13 @@ for kind in (Walk, *Walk.__subclasses__()):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=40)
 
 for name, changes in {
+    "CannotBeMade": {"fault": "making"},
+    "RaisesAtReset": {"fault": "reset", "fault_at": 1},  # the first is the beginning of the run
+    "Raises": {"fault": "step", "fault_at": 30},
+    # in the evaluation, an episode of 40 steps, before the training gets there
+    "RaisesLate": {"fault": "step", "fault_at": 39},
+    "NotANumber": {"fault": "NaN", "fault_at": 30},
+    "NotANumberAtOnce": {"fault": "NaN"},
     "Huge": {"reward": 1e30},  # its square overflows a 32-bit float
     "Grid": {"observation_space": Box(-np.inf, np.inf, (2, 3), np.float32)},
     "Column": {"action_space": Box(-1, 1, (3, 1), np.float32)},
@@ -142,8 +119,5 @@ for name, changes in {
 }.items():
     gym.register(f"{name}-v0", Walk, max_episode_steps=40, kwargs=changes)
 
-gym.register("NotANumberAtOnce-v0", NotANumber, max_episode_steps=40, kwargs={"fault_at": 0})
-# fails in the evaluation, an episode of 40 steps, before the training gets there
-gym.register("RaisesLate-v0", Raises, max_episode_steps=40, kwargs={"fault_at": 39})
 gym.register("Unlimited-v0", Walk, kwargs={"length": 5})  # no time limit: ends by itself ...
 gym.register("Endless-v0", Walk)  # ... or never

@@ -23,46 +23,42 @@ def mlp(inputs, outputs):
     return nn.Sequential(*layers, nn.Linear(64, outputs))
 
 
-class Actor(nn.Module):
-    def __init__(self, obs_dim, action_dim):
-        super().__init__()
-        self.net = mlp(obs_dim, 2 * action_dim)
-
-    def sample(self, obs):
-        mean, log_std = self.net(obs).chunk(2, dim=-1)
-        log_std = log_std.clamp(-5, 2)
-        noise = torch.randn_like(mean)
-        x = mean + log_std.exp() * noise
-        action = torch.tanh(x)
-        log_prob = Normal(mean, log_std.exp()).log_prob(x) - torch.log(1 - action**2 + 1e-6)
-        return action, log_prob.sum(dim=1), (mean, log_std, noise)
-
-
-class Critic(nn.Module):
-    def __init__(self, obs_dim, action_dim):
-        super().__init__()
-        self.net = mlp(obs_dim + action_dim, 1)
-
-    def forward(self, obs, action):
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
-
-
 torch.manual_seed(1)
 env = gym.make("Pendulum-v1")
 obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 scale = float(env.action_space.high[0])
 
-actor = Actor(obs_dim, action_dim)
-critics = nn.ModuleList(Critic(obs_dim, action_dim) for _ in range(2))
+actor = mlp(obs_dim, 2 * action_dim)
+critics = nn.ModuleList(mlp(obs_dim + action_dim, 1) for _ in range(2))
 targets = copy.deepcopy(critics)
 log_alpha = torch.zeros(1, requires_grad=True)
-actor_optimizer = torch.optim.Adam(actor.parameters(), lr=LEARNING_RATE)
-critic_optimizer = torch.optim.Adam(critics.parameters(), lr=LEARNING_RATE)
-alpha_optimizer = torch.optim.Adam([log_alpha], lr=LEARNING_RATE)
+learnt = actor.parameters(), critics.parameters(), [log_alpha]
+actor_adam, critic_adam, alpha_adam = (torch.optim.Adam(x, lr=LEARNING_RATE) for x in learnt)
 
 
-def min_q(obs, action, critics=critics):
-    return torch.min(*(critic(obs, action) for critic in critics))
+def act(obs):
+    mean, log_std = actor(obs).chunk(2, dim=-1)
+    log_std = log_std.clamp(-5, 2)
+    noise = torch.randn_like(mean)
+    x = mean + log_std.exp() * noise
+    action = torch.tanh(x)
+    log_prob = Normal(mean, log_std.exp()).log_prob(x) - torch.log(1 - action**2 + 1e-6)
+    return action, log_prob.sum(dim=1), (mean, log_std, noise)
+
+
+def twin_q(obs, action, critics=critics):
+    x = torch.cat([obs, action], dim=-1)
+    return [critic(x).squeeze(-1) for critic in critics]
+
+
+def min_q(obs, action):
+    return torch.min(*twin_q(obs, action))
+
+
+def minimise(adam, loss):
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
 
 
 # <functions>
@@ -74,7 +70,7 @@ for step in range(TOTAL_TIMESTEPS):
         action = 2 * np.random.default_rng(step).random(action_dim, np.float32) - 1
     else:
         with torch.no_grad():
-            action = actor.sample(torch.as_tensor(obs)[None])[0][0].numpy()
+            action = act(torch.as_tensor(obs)[None])[0][0].numpy()
     next_obs, reward, terminated, truncated, _ = env.step(scale * action)
     buffer.append((obs, next_obs, action, np.float32(reward), np.float32(terminated)))
     obs = env.reset()[0] if terminated or truncated else next_obs
@@ -88,26 +84,18 @@ for step in range(TOTAL_TIMESTEPS):
     alpha = log_alpha.exp().item()
 
     with torch.no_grad():
-        next_action, next_log_prob, _ = actor.sample(b_next_obs)
-        next_value = min_q(b_next_obs, next_action, targets) - alpha * next_log_prob
+        next_action, next_log_prob, _ = act(b_next_obs)
+        next_value = torch.min(*twin_q(b_next_obs, next_action, targets)) - alpha * next_log_prob
         td_target = b_reward + GAMMA * (1 - b_terminated) * next_value
-    critic_loss = sum(F.mse_loss(critic(b_obs, b_action), td_target) for critic in critics)
-    critic_optimizer.zero_grad()
-    critic_loss.backward()
-    critic_optimizer.step()
+    critic_loss = sum(F.mse_loss(q, td_target) for q in twin_q(b_obs, b_action))
+    minimise(critic_adam, critic_loss)
 
-    pi, log_prob, (mean, log_std, noise) = actor.sample(b_obs)
+    pi, log_prob, (mean, log_std, noise) = act(b_obs)
     q = min_q(b_obs, pi)
     actor_loss = (alpha * log_prob - q).mean()
     # <guidance>
-    actor_optimizer.zero_grad()
-    actor_loss.backward()
-    actor_optimizer.step()
-
-    alpha_loss = -(log_alpha * (log_prob.detach() - action_dim)).mean()
-    alpha_optimizer.zero_grad()
-    alpha_loss.backward()
-    alpha_optimizer.step()
+    minimise(actor_adam, actor_loss)
+    minimise(alpha_adam, -(log_alpha * (log_prob.detach() - action_dim)).mean())
 
     with torch.no_grad():
         for target, online in zip(targets.parameters(), critics.parameters(), strict=True):

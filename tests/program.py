@@ -72,6 +72,13 @@ def call_cup(*arguments, classes=()) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
+def succeed(*arguments, **options) -> subprocess.CompletedProcess:
+    """`call_cup` where nothing may go wrong."""
+    result = call_cup(*arguments, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def started_run(run_dir: Path, *arguments, rows: int = 0, **options) -> subprocess.Popen:
     """A run that has written a checkpoint and some rows of metrics.csv, and is on its way."""
     process, end = start_cup(*arguments, "--run-dir", run_dir, **options), time.monotonic() + 120
@@ -84,7 +91,7 @@ def started_run(run_dir: Path, *arguments, rows: int = 0, **options) -> subproce
 
 def one_sentence(result: subprocess.CompletedProcess, *patterns: str) -> bool:
     """Whether the program ended with one line that holds these patterns, and with exit code 2."""
-    is_line = re.fullmatch(r"cup\.py: [^\n]+\n", result.stderr) is not None
+    is_line = re.fullmatch(r"\w+\.py: [^\n]+\n", result.stderr) is not None
     found = [re.search(pattern, result.stderr) for pattern in patterns]
     return result.returncode == 2 and is_line and all(found)
 

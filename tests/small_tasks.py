@@ -7,6 +7,7 @@ without or with a wind.
 from collections.abc import Callable
 
 import torch
+from by_hand import sac_parameters
 from torch import Tensor
 
 import cup
@@ -69,9 +70,7 @@ def what_is_learnt(agent: cup.Agent, *arguments, **options) -> list[Tensor]:
     """All that SAC learns in `learn`, and the next random number."""
     torch.manual_seed(1)
     learn(agent, *arguments, **options)
-    modules = agent.actor, agent.critic, agent.target_critic
-    learnt = [p.detach() for module in modules for p in module.parameters()]
-    return [*learnt, agent.log_alpha.detach(), torch.rand(1)]
+    return [*sac_parameters(agent), torch.rand(1)]
 
 
 @torch.no_grad()

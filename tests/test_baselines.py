@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from program import (
     PENDULUM, call_cup, checkpoint_of, finish, metrics, one_sentence, same_result, started_run,
-    weights,
+    succeed, weights,
 )
 
 import cup
@@ -33,8 +33,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
     arguments = [*PENDULUM, "--env-id", "faulty_envs:Walk-v0", "--checkpoint-interval", 300]
     arguments += FLAGS[name].split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    result = call_cup(*arguments, "--run-dir", whole, classes=CLASSES[name])
-    assert result.returncode == 0, result.stderr
+    succeed(*arguments, "--run-dir", whole, classes=CLASSES[name])
     script = Path(cup.__file__).parent / f"baselines/{name}.py"
     process = started_run(killed, *arguments, script=script, rows=16)
     process.send_signal(signal.SIGKILL)
@@ -42,8 +41,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
     checkpoint = checkpoint_of(killed)
     if name == "mamba":  # a source has taken over
         assert any(len(path) for path in checkpoint["agent"]["_extra_state"]["paths"])
-    resumed = call_cup(*arguments, "--run-dir", killed, "--resume", classes=CLASSES[name])
-    assert resumed.returncode == 0, resumed.stderr
+    succeed(*arguments, "--run-dir", killed, "--resume", classes=CLASSES[name])
     assert same_result(whole, killed)
 
     last = metrics(whole)[-1]
@@ -58,7 +56,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
 
 def test_the_run_of_another_method_is_left_alone(tmp_path: Path):
     arguments = [*PENDULUM, "--total-timesteps", 60, "--run-dir", tmp_path / "run", "--resume"]
-    assert call_cup(*arguments, classes=CLASSES["multipolar"]).returncode == 0
+    succeed(*arguments, classes=CLASSES["multipolar"])
     result = call_cup(*arguments)
     assert one_sentence(result, "was started with method = multipolar, not cup"), result.stderr
 

@@ -10,8 +10,6 @@ from torch import Tensor
 import cup
 
 OBS_DIM, ACTION_DIM, NUM_SOURCES = 3, 2, 4
-
-
 BOTH = NUM_SOURCES, ACTION_DIM
 SHAPES = cup.Batch((OBS_DIM,), (OBS_DIM,), (ACTION_DIM,), (), (), BOTH, BOTH)
 
@@ -42,27 +40,22 @@ def numbers(obs: Tensor) -> list[int]:
     return obs[:, 0].round().int().tolist()
 
 
-def test_columns_come_back_as_stored():
-    """In every sampled row all parts belong to one transition, sources included."""
-    buffer = make_buffer(10)
-    for first in range(0, 24, 6):  # more than it holds, so that rows are overwritten
-        buffer.add(transitions(first, 6))
-    sample = buffer.sample(200)
-    for row, t in enumerate(numbers(sample.obs)):
-        for ours, stored in zip(sample, transitions(t, 1), strict=True):
-            assert torch.equal(ours[row], stored[0])
-
-
 def test_it_holds_the_latest_transitions_and_samples_them_uniformly():
-    """Size grows to the capacity and stays; the oldest make room; the rest is never sampled."""
+    """Size grows to the capacity and stays; the oldest make room; the rest is never sampled.
+
+    In every sampled row all parts belong to one transition, sources included.
+    """
     buffer, total = make_buffer(7), 0
     for count in (3, 1, 2, 4, 7, 1, 5, 3):
         buffer.add(transitions(total, count))
         total += count
         latest = list(range(max(0, total - 7), total))
-        sampled = numbers(buffer.sample(700).obs)
+        sample = buffer.sample(700)
+        sampled = numbers(sample.obs)
         assert (buffer.size, sorted(set(sampled))) == (min(total, 7), latest)
         assert sorted(numbers(buffer.obs())) == latest
+        for ours, stored in zip(sample, transitions(0, total), strict=True):
+            assert torch.equal(ours, stored[sampled])
     sampled = numbers(buffer.sample(70_000).obs)
     assert [sampled.count(t) for t in latest] == pytest.approx([10_000] * 7, abs=500)  # 5 sigma
 

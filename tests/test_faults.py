@@ -12,7 +12,7 @@ import pytest
 import torch
 from program import (
     PENDULUM, SMALL, call_cup, checkpoint_of, finish, metrics, one_sentence, same_policy,
-    same_result, start_cup, started_run, steps,
+    same_result, start_cup, started_run, steps, succeed,
 )
 
 import cup
@@ -30,14 +30,14 @@ def test_a_signal_stops_the_run_and_resume_equals_no_stop(pendulum, tmp_path, nu
     result = finish(process)
     assert (result.returncode, result.stderr) == (0, "")
     assert re.search(r"stopped at step \S+: the same command with --resume goes on", result.stdout)
-    assert call_cup(*PENDULUM, "--run-dir", tmp_path / "run").returncode == 0
+    succeed(*PENDULUM, "--run-dir", tmp_path / "run")
     assert same_result(pendulum[0], tmp_path / "run")
 
 
 def test_killed_before_its_first_checkpoint(pendulum, tmp_path):
     shutil.copytree(pendulum[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").unlink()
-    assert call_cup(*PENDULUM, "--run-dir", tmp_path / "run").returncode == 0
+    succeed(*PENDULUM, "--run-dir", tmp_path / "run")
     assert same_result(pendulum[0], tmp_path / "run")
 
 
@@ -57,8 +57,7 @@ def test_metaworld_resumes_in_the_middle_of_an_episode(tmp_path):
     arguments = [*SMALL, "--env-id", "reach-wall-v2", "--sources", "--num-random-sources", 1]
     arguments += ["--eval-interval", 60, "--resume", "--run-dir"]
     for name, total in [("whole", 60), ("parts", 40), ("parts", 60)]:
-        result = call_cup(*arguments, tmp_path / name, "--total-timesteps", total)
-        assert result.returncode == 0, result.stderr
+        succeed(*arguments, tmp_path / name, "--total-timesteps", total)
     # step 60, with the evaluation; the shorter run has made one at its end, at step 40
     assert metrics(tmp_path / "whole")[2] == metrics(tmp_path / "parts")[2]
     assert same_policy(tmp_path / "whole", tmp_path / "parts")
@@ -69,16 +68,14 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(pendulum, tmp_path):
     run_dir = tmp_path / "copy"
     shutil.copytree(pendulum[0], run_dir)
     before = metrics(run_dir)
-    result = call_cup(*PENDULUM, "--run-dir", run_dir)
-    assert result.returncode == 0
+    result = succeed(*PENDULUM, "--run-dir", run_dir)
     assert "finished 1,000 steps" in result.stdout
     assert metrics(run_dir) == before
 
     checkpoint = checkpoint_of(run_dir)
     checkpoint["args"]["cuda"] = True
     torch.save(checkpoint, run_dir / "checkpoint.pt")
-    result = call_cup(*PENDULUM, "--run-dir", run_dir, "--total-timesteps", 1040)
-    assert result.returncode == 0, result.stderr
+    result = succeed(*PENDULUM, "--run-dir", run_dir, "--total-timesteps", 1040)
     assert metrics(run_dir)[:50] == before
     assert steps(run_dir) == list(range(20, 1041, 20))
     assert "finished 1,040 steps" in result.stdout
@@ -96,7 +93,7 @@ def test_full_disk(pendulum, tmp_path):
     assert one_sentence(result, rf"cannot write {run_dir}/checkpoint\.pt .+ intact"), result.stderr
     assert 0 < checkpoint_of(run_dir)["step"] < 1000
     assert not list(run_dir.glob("*.tmp"))
-    assert call_cup(*PENDULUM, "--run-dir", run_dir).returncode == 0  # the user made room
+    succeed(*PENDULUM, "--run-dir", run_dir)  # the user made room
     assert same_result(pendulum[0], run_dir)
 
 
@@ -111,9 +108,9 @@ def test_run_directory_removed(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "step", "words"),
     [
-        ("Raises", 58, "the gripper fell off"),
-        ("RaisesLate", 40, "the gripper fell off"),  # in the evaluation
-        ("RaisesAtReset", 78, "the table is missing"),
+        ("Raises", 58, "it fails in step"),
+        ("RaisesLate", 40, "it fails in step"),  # in the evaluation
+        ("RaisesAtReset", 78, "it fails in reset"),
         ("NotANumber", 58, "NaN or infinity"),
         ("Huge", 20, r"loss/critic is (inf|nan) at step 40"),
     ],
@@ -147,15 +144,6 @@ def path(tmp_path):
 
 def content_of(path):
     return torch.load(path, weights_only=True)
-
-
-def test_tensors_that_claim_to_be_huge(path):
-    """A tensor may repeat one stored number: this file of 2 kB asks for 4 GB."""
-    content = content_of(path)
-    content["weights"]["net.0.weight"] = torch.zeros(1).expand(2**32)
-    torch.save(content, path)
-    with pytest.raises(cup.UserError):
-        cup.load_policy(path)
 
 
 def test_weights_in_double_precision_are_welcome(path):

@@ -1,20 +1,14 @@
 """benchmark/fetch: another family of environments, with sources from training and from a script."""
 
-import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 import cup
 
-FOLDER = Path(__file__).parents[1] / "benchmark" / "fetch"
-
-
-@pytest.fixture(autouse=True)
-def fetch(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("fetch")
+sys.path.append(str(Path(__file__).parents[1] / "benchmark" / "fetch"))
+import fetch
 
 
 def observations(env_id: str, steps: int = 20) -> np.ndarray:
@@ -26,7 +20,7 @@ def observations(env_id: str, steps: int = 20) -> np.ndarray:
     return np.array(seen)
 
 
-def test_the_tasks_have_one_observation_space(fetch):
+def test_the_tasks_have_one_observation_space():
     """At the same place in it lies the same thing; of an object Reach knows nothing."""
     reach, push = observations("Reach-v0"), observations("Push-v0")
     assert reach.shape == push.shape == observations("PickAndPlace-v0").shape == (21, 31)
@@ -38,7 +32,7 @@ def test_the_tasks_have_one_observation_space(fetch):
     assert (inside < 0.5).all()
 
 
-def test_the_controller_pushes(fetch):
+def test_the_controller_pushes():
     env, wins = cup.make_env("fetch:Push-v0", 1), []
     for _ in range(10):
         obs, done = env.reset()[0], False

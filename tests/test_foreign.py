@@ -3,7 +3,6 @@
 The code is that of sources/README.md: its blocks run here as they are printed.
 """
 
-import csv
 import os
 import re
 import shlex
@@ -15,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from program import metrics
 from torch import nn
 
 import cup
 
 ROOT = Path(__file__).parents[1]
+OBS = torch.randn(1000, 3, generator=torch.Generator().manual_seed(1))
+OBS *= torch.logspace(-1, 1, 1000)[:, None]
 
 
 def readme_block(first_line: str) -> str:
@@ -37,11 +39,6 @@ def convert(first_line: str, written: str) -> cup.Actor:
     return cup.load_policy(written)
 
 
-def random_obs(obs_dim: int) -> torch.Tensor:
-    scales = torch.logspace(-1, 1, 1000)[:, None]
-    return scales * torch.randn(1000, obs_dim, generator=torch.Generator().manual_seed(1))
-
-
 def test_a_stable_baselines3_policy_becomes_a_source(tmp_path, monkeypatch):
     sb3 = pytest.importorskip("stable_baselines3")
     monkeypatch.chdir(tmp_path)
@@ -52,14 +49,13 @@ def test_a_stable_baselines3_policy_becomes_a_source(tmp_path, monkeypatch):
         model.actor.log_std.bias.fill_(-3)
     model.save("sac.zip")
     actor = convert("# stable-baselines3 policy -> source", "from_sb3.pt")
-    obs = random_obs(3)
-    mean, log_std = actor(obs)
+    mean, log_std = actor(OBS)
     low, high = model.action_space.low, model.action_space.high
-    theirs, _ = model.predict(obs.numpy(), deterministic=True)
+    theirs, _ = model.predict(OBS.numpy(), deterministic=True)
     theirs = 2 * (theirs - low) / (high - low) - 1
     assert np.abs(theirs).max() > 0.99 and np.abs(theirs).min() < 0.1
     assert np.abs(mean.tanh().numpy() - theirs).max() < 1e-4
-    expected = model.actor.get_action_dist_params(obs)[1]
+    expected = model.actor.get_action_dist_params(OBS)[1]
     torch.testing.assert_close(log_std, expected, rtol=0.05, atol=0.02)
 
 
@@ -70,10 +66,9 @@ def test_a_torch_mlp_becomes_a_source(tmp_path, monkeypatch):
     mlp = nn.Sequential(*hidden, nn.Linear(64, 1), nn.Tanh())
     torch.save(mlp.state_dict(), "mlp.pt")
     actor = convert("# torch MLP -> source", "from_mlp.pt")
-    obs = random_obs(3)
-    mean, log_std = actor(obs)
+    mean, log_std = actor(OBS)
     with torch.no_grad():
-        assert (mean.tanh() - mlp(obs)).abs().max() < 1e-4
+        assert (mean.tanh() - mlp(OBS)).abs().max() < 1e-4
     torch.testing.assert_close(log_std, torch.full_like(log_std, -1.5), rtol=0, atol=0.01)
     args = cup.Args(env_id="Pendulum-v1", sources=("from_mlp.pt",))
     assert list(cup.load_sources(args, 3, 1)) == ["from_mlp"]
@@ -89,7 +84,7 @@ def test_an_environment_of_ones_own_runs_as_printed(tmp_path):
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": environment}
     result = subprocess.run(command, shell=True, timeout=300, check=False, **options)
     assert result.returncode == 0, result.stderr
-    with open(tmp_path / "runs/my_env-Reach-v0__sac__1/metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["eval/return"]]
+    rows = metrics(tmp_path / "runs" / "my_env-Reach-v0__sac__1")
+    rows = [row for row in rows if row["eval/return"]]
     assert float(rows[-1]["eval/success_rate"]) >= 0.9
     assert float(rows[-1]["eval/return"]) > 0.5 * float(rows[0]["eval/return"])  # both negative

@@ -95,7 +95,7 @@ def test_expected_advantage_against_an_integral(alpha: float):
     assert advantage[0].tolist() == pytest.approx([v - integrals[-1] for v in integrals], abs=1e-3)
 
 
-# ---- the guidance policy and its weight, Eqs. 7, 12 ----------------------------------------------
+# ---- the guidance policy, Eq. 7 ------------------------------------------------------------------
 def test_guidance_policy_against_a_loop():
     """On a coarse grid of advantages, full of ties."""
     torch.manual_seed(0)
@@ -108,27 +108,12 @@ def test_guidance_policy_against_a_loop():
     assert set(guidance.tolist()) == {0, 1, 2, 3}
 
 
-def test_guidance_weight_against_a_loop():
-    torch.manual_seed(0)
-    advantage, value = torch.rand(200), 3 * torch.randn(200)
-    advantage[::5] = 0  # the target policy guides itself
-    weight = cup.guidance_weight(advantage, value, 2.0, 0.1)
-    assert weight.shape == (200,)
-    capped = 0
-    for ea, v, beta in zip(advantage.tolist(), value.tolist(), weight.tolist(), strict=True):
-        cap = 0.1 * abs(v)
-        capped += ea > cap
-        assert beta == pytest.approx(2 * min(ea, cap), abs=1e-12)
-    assert (weight[::5] == 0).all()
-    assert 50 < capped < 150  # both branches of the minimum were taken
-
-
 # ---- guidance inside the update ------------------------------------------------------------------
 def frozen_agent(**changes) -> cup.Agent:
     """An agent whose update computes everything and moves nothing."""
     still = dict.fromkeys(("policy_lr", "q_lr", "alpha_lr", "tau"), 0.0)
     torch.manual_seed(1)
-    args = cup.Args(env_id="x", hidden_sizes=(16,), beta2=0.5, **still, **changes)
+    args = cup.Args(env_id="x", hidden_sizes=(16,), beta1=2.0, beta2=0.5, **still, **changes)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, dict.fromkeys("abc"))
     with torch.no_grad():  # an opinionated critic: each candidate wins somewhere
         agent.critic.net[-1].weight *= 4
@@ -188,9 +173,10 @@ def guidance_by_hand(agent: cup.Agent, batch: cup.Batch, noise: Tensor) -> Simpl
             variance, variance_g = math.exp(2 * log_std[d]), math.exp(2 * log_stds[g][d])
             square = (mean[d] - means[g][d]) ** 2
             kl += (variance + square) / (2 * variance_g) - 0.5 + log_stds[g][d] - log_std[d]
-        weight = args.beta1 * min(advantage[g], args.beta2 * abs(value))
-        rows.append((advantage, g, weight, kl, means[g], log_stds[g]))
-    names = "advantage guidance weight kl guidance_mean guidance_log_std".split()
+        cap = args.beta2 * abs(value)
+        weight = args.beta1 * min(advantage[g], cap)
+        rows.append((advantage, g, weight, advantage[g] > cap, kl, means[g], log_stds[g]))
+    names = "advantage guidance weight capped kl guidance_mean guidance_log_std".split()
     return SimpleNamespace(**dict(zip(names, map(list, zip(*rows)))))
 
 
@@ -202,6 +188,7 @@ def test_update_guides_as_a_loop_over_states_does(samples: int, soft: bool):
     info = run_update(agent, batch)
     hand = guidance_by_hand(agent, batch, noise_of_update(samples))
     assert len(set(hand.guidance)) > 2 and NUM_SOURCES in hand.guidance  # all kinds win
+    assert 0 < sum(hand.capped) < BATCH - hand.guidance.count(NUM_SOURCES)  # and both of Eq. 12
     assert info["guidance"].tolist() == hand.guidance
     target_wins = info["guidance"] == NUM_SOURCES  # no pull there, exactly
     assert ((info["weight"] == 0) == target_wins).all()

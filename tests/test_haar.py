@@ -1,6 +1,7 @@
 """HAAR: the equations of its two levels, its segments, and a task for two skills."""
 
 import torch
+from by_hand import copies, same
 from small_tasks import learn, score
 from torch import Tensor
 
@@ -29,14 +30,6 @@ def make_steps(num_skills: int = 3) -> haar.Steps:
     terminated, is_last = (torch.rand(2, BATCH) < 0.3).float()
     z = torch.randint(num_skills, (BATCH,)).float()
     return haar.Steps(obs, next_obs, action, reward, terminated, first, last, z, is_last)
-
-
-def copies(module: torch.nn.Module) -> list[Tensor]:
-    return [tensor.clone() for tensor in module.state_dict().values()]
-
-
-def same(before: list[Tensor], module: torch.nn.Module) -> bool:
-    return all(map(torch.equal, before, module.state_dict().values()))
 
 
 # ---- equations -----------------------------------------------------------------------------------
@@ -139,9 +132,8 @@ def test_the_low_level_does_not_teach_the_high_level():
     before = copies(agents[0].actor.skills)
     for agent in agents:
         agent.update(steps)
-    for name in ("high_critic", "high_target"):
-        assert same(copies(getattr(agents[0], name)), getattr(agents[1], name))
-    assert same(copies(agents[0].actor.net), agents[1].actor.net)
+    high = [copies(agent.high_critic, agent.high_target, agent.actor.net) for agent in agents]
+    assert all(map(torch.equal, *high))
     assert torch.equal(agents[0].log_high_alpha, agents[1].log_high_alpha)
     assert not same(before, agents[0].actor.skills)
     assert same(before, agents[1].actor.skills)

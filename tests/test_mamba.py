@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from by_hand import random_batch
+from by_hand import copies, random_batch, same
 from small_tasks import NUM_ENVS, learn, score, what_is_learnt
+from test_theorems import ACTIONS, MDP, STATES, random_mdp
 from torch import Tensor, nn
 
 import cup
@@ -58,14 +60,6 @@ def play(agent: Mamba, episodes: int, length: int, terminates: bool = False) -> 
     return actions
 
 
-def parameters(*modules: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for module in modules for p in module.parameters()]
-
-
-def equal(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(map(torch.equal, left, right))
-
-
 # ---- lambda: from f to SAC -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("gae_lambda", "rollout_share", "is_sac"),
@@ -76,7 +70,7 @@ def test_lambda_1_without_rollouts_is_sac_bit_for_bit(gae_lambda, rollout_share,
     agent = make_agent(num_envs=NUM_ENVS, **settings)
     sac = make_agent({}, cup.Agent, num_envs=NUM_ENVS)
     ours, theirs = (what_is_learnt(x, 50, anywhere, walk, LENGTH) for x in (agent, sac))
-    assert equal(ours, theirs) == is_sac
+    assert all(map(torch.equal, ours, theirs)) == is_sac
 
 
 def test_the_target_mixes_f_and_sacs():
@@ -110,9 +104,9 @@ def test_without_a_rollout_of_every_source_there_is_no_f():
 def test_an_update_leaves_the_values_alone_and_logs_who_is_largest():
     agent, batch = make_agent(rollout_share=1.0, value_updates=5), make_batch()
     play(agent, episodes=6, length=10)
-    before = parameters(agent.values)
+    before = copies(agent.values)
     info = agent.update(batch)
-    assert equal(parameters(agent.values), before)
+    assert same(before, agent.values)
     names = {"loss/critic", "loss/actor", "alpha", "entropy", "loss/value"}
     for kind in ("explained_variance", "largest"):
         names |= {f"value/{kind}/{name}" for name in SOURCES}
@@ -124,9 +118,6 @@ def test_an_update_leaves_the_values_alone_and_logs_who_is_largest():
 
 
 # ---- theory, on tabular problems -----------------------------------------------------------------
-STATES, ACTIONS, GAMMA = 4, 3, 0.8
-
-
 class Table(nn.Module):
     """A function of the state alone, which comes as one-hot, to stand for a V^k or a critic."""
 
@@ -141,77 +132,37 @@ class Table(nn.Module):
         return obs @ self.values
 
 
-class MDP:
-    """A random Markov decision process and a few policies (states, actions)."""
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_q_minus_f_is_the_generalised_advantage(lam: float, seed: int):
+    """What the critic converges to with the agent's target, V^k exact and no entropy bonus.
 
-    def __init__(self, seed: int, num_policies: int):
-        rng = np.random.default_rng(seed)
-        self.reward = rng.uniform(-1, 1, (STATES, ACTIONS))
-        self.transition = rng.dirichlet(np.full(STATES, 0.3), (STATES, ACTIONS))
-        self.policies = rng.dirichlet(np.full(ACTIONS, 0.3), (num_policies, STATES))
-
-    def solve(self, policy: np.ndarray, reward: np.ndarray, gamma: float) -> np.ndarray:
-        """sum_j gamma^j E[reward(s_j, a_j)], (states,), by a linear system."""
-        transition = np.einsum("sa,sat->st", policy, self.transition)
-        return np.linalg.solve(np.eye(STATES) - gamma * transition, (policy * reward).sum(axis=1))
-
-    def value(self, policy: np.ndarray) -> np.ndarray:
-        return self.solve(policy, self.reward, GAMMA)
-
-    def backup(self, value: np.ndarray) -> np.ndarray:
-        """r + gamma E[value(s')], (states, actions)."""
-        return self.reward + GAMMA * self.transition @ value
-
-
-def q_lambda(mdp: MDP, values: list[np.ndarray], policy: np.ndarray, lam: float) -> np.ndarray:
-    """What the critic of `policy` converges to with the agent's target, (states, actions).
-
-    The V^k are exact, there is no entropy bonus, and instead of one action of the policy the
-    critic is asked for the mean over its actions.
+    A_lambda = sum_j (gamma lambda)^j E[A(s_j, a_j)] is Q of the MDP in which A is the reward and
+    gamma lambda the discount factor. For one action of the policy the mean over its actions stands.
     """
-    names = dict.fromkeys(range(len(values)))
-    agent = make_agent(names, obs_dim=STATES, gamma=GAMMA, gae_lambda=lam)
+    rng, gamma = np.random.default_rng(seed), 0.8
+    mdp = replace(random_mdp(rng, alpha=0.0), gamma=gamma)
+    *sources, policy = rng.dirichlet(np.full(ACTIONS, 0.3), (4, STATES))
+    values = [mdp.values(source)[0] for source in sources]
+    f = np.max(values, axis=0)
+    advantage = mdp.reward + gamma * mdp.transition @ f - f[:, None]
+    _, expected = MDP(advantage, mdp.transition, gamma * lam, alpha=0.0).values(policy)
+
+    agent = make_agent(dict.fromkeys("abc"), obs_dim=STATES, gamma=gamma, gae_lambda=lam)
     agent.values = nn.ModuleList(map(Table, values))
     for visits in agent.visits:
         visits.size = 1  # they are known
     n = STATES * ACTIONS * STATES  # all transitions, (s, a, s')
     next_obs = torch.eye(STATES).repeat(STATES * ACTIONS, 1)
-    reward = torch.as_tensor(mdp.reward).repeat_interleave(STATES)
+    reward = torch.as_tensor(mdp.reward).flatten().repeat_interleave(STATES)
     batch = cup.Batch(next_obs, next_obs, torch.zeros(n, 1), reward, torch.zeros(n), None, None)
     q = np.zeros((STATES, ACTIONS))
     for _ in range(150):
         agent.target_critic = Table((policy * q).sum(axis=1))
         target = agent.td_target(batch, torch.zeros(()))
-        q = (mdp.transition * target.numpy().reshape(STATES, ACTIONS, STATES)).sum(axis=2)
-    return q
-
-
-@pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("lam", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_q_minus_f_is_the_generalised_advantage(lam: float, seed: int):
-    """A_lambda = sum_j (gamma lambda)^j E[A(s_j, a_j)]."""
-    mdp = MDP(seed, num_policies=4)
-    *sources, policy = mdp.policies
-    values = [mdp.value(source) for source in sources]
-    f = np.max(values, axis=0)
-    one_step = mdp.backup(f) - f[:, None]
-    rest = mdp.solve(policy, one_step, GAMMA * lam)
-    q = q_lambda(mdp, values, policy, lam)
-    expected = one_step + GAMMA * lam * mdp.transition @ rest
+        q = (mdp.transition * target.numpy().reshape(mdp.transition.shape)).sum(axis=2)
     np.testing.assert_allclose(q - f[:, None], expected, atol=1e-9)
-
-
-@pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("seed", range(10))
-def test_at_lambda_0_following_the_best_source_and_being_greedy_both_improve_on_f(seed: int):
-    mdp = MDP(seed, num_policies=3)
-    values = [mdp.value(source) for source in mdp.policies]
-    f, best = np.max(values, axis=0), np.argmax(values, axis=0)
-    q = q_lambda(mdp, values, mdp.policies[0], lam=0.0)
-    following = mdp.policies[best, np.arange(STATES)]
-    assert (((q - f[:, None]) * following).sum(axis=1) >= -1e-9).all()
-    assert (mdp.value(np.eye(ACTIONS)[q.argmax(axis=1)]) >= f - 1e-9).all()
 
 
 # ---- roll-in and roll-out ------------------------------------------------------------------------
@@ -273,9 +224,9 @@ def test_returns_are_monte_carlo_and_go_on_after_a_time_limit(terminates: bool):
 
 def test_a_rollout_trains_the_value_of_its_source_alone():
     agent = make_agent(rollout_share=1.0, gamma=0.5, value_updates=600, value_lr=1e-2)
-    minus = parameters(agent.values[1])
+    minus = copies(agent.values[1])
     play(agent, episodes=1, length=8, terminates=True)
-    assert equal(parameters(agent.values[1]), minus)
+    assert same(minus, agent.values[1])
     visits = visits_of(agent, 0)
     returns, forecast = agent.returns_of(0, visits), visits.forecast
     error = (agent.values[0](visits.obs).squeeze(1) - returns).abs().max()

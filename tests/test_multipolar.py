@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import random_batch
+from by_hand import copies, random_batch
 from small_tasks import LEARNING, learn, pilot, score, windy_step
 from torch import Tensor
 
@@ -27,11 +27,10 @@ def make_agent(sources: dict) -> Multipolar:
     return Multipolar(Args(**SETTINGS), OBS_DIM, ACTION_DIM, sources)
 
 
-def make_actor(sources: dict, theta: Tensor | None = None, residual: bool = False) -> Aggregate:
-    """The policy of an agent, with this theta or as it begins, and F = 0 unless `residual`."""
+def make_actor(sources: dict, theta: Tensor, residual: bool = False) -> Aggregate:
+    """The policy of an agent, with this theta, and F = 0 unless `residual`."""
     actor = make_agent(sources).actor.requires_grad_(False)
-    if theta is not None:
-        actor.theta.copy_(theta)
+    actor.theta.copy_(theta)
     if not residual:
         actor.net[-1].weight[:ACTION_DIM] = 0
         actor.net[-1].bias[:ACTION_DIM] = 0
@@ -51,14 +50,9 @@ def test_one_hot_theta_without_residual_is_a_source_to_the_last_bit(k: int):
 def test_source_means_are_clipped_as_in_cup():
     source = cup.Actor(OBS_DIM, ACTION_DIM, (16,))
     source.net[-1].bias.data[:ACTION_DIM] = torch.tensor([100.0, -100.0])
-    action = make_actor({"far": source})(torch.randn(BATCH, OBS_DIM))[0]
+    actor = make_actor({"far": source}, torch.ones(1, ACTION_DIM))
+    action = actor(torch.randn(BATCH, OBS_DIM))[0]
     assert torch.equal(action, torch.tensor([2.5, -2.5]).expand(BATCH, 2))
-
-
-def test_theta_starts_as_the_mean_of_the_sources():
-    sources, obs = make_sources(), torch.randn(BATCH, OBS_DIM)
-    means = torch.stack([source(obs)[0] for source in sources.values()])
-    torch.testing.assert_close(make_actor(sources)(obs)[0], means.mean(dim=0))
 
 
 def test_theta_zero_is_sacs_actor_bit_for_bit():
@@ -90,11 +84,11 @@ def test_the_mean_against_a_loop_over_sources_and_dimensions():
 def test_sources_get_no_gradient_and_theta_learns_at_the_rate_of_the_policy():
     sources = make_sources()  # their weights would take gradients
     agent = make_agent(sources)
-    before = [p.detach().clone() for p in agent.actor.parameters()]
+    before = copies(agent.actor)
     info = agent.update(random_batch(BATCH, OBS_DIM, ACTION_DIM))
     assert all(p.grad is None for source in sources.values() for p in source.parameters())
     assert not any(map(torch.equal, before, agent.actor.parameters()))
-    steps = (agent.actor.theta - 1).abs()  # Adam's first step is its learning rate
+    steps = (agent.actor.theta - 1).abs()  # from ones; Adam's first step is its learning rate
     rate = torch.full_like(steps, agent.args.policy_lr)
     torch.testing.assert_close(steps, rate, rtol=1e-3, atol=0)
     assert info["theta/source-2/1"] == agent.actor.theta[2, 1]

@@ -1,10 +1,11 @@
 """PTF: the equations of its options, what is SAC and what is not, and two small tasks."""
 
+import itertools
+
 import pytest
 import torch
-from by_hand import random_batch
+from by_hand import copies, random_batch, same
 from small_tasks import LEARNING, NUM_ENVS, learn, pilot, score, what_is_learnt
-from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 import cup
@@ -46,40 +47,29 @@ def set_termination(agent: ptf.PTF, logit: float) -> None:
 
 
 # ---- the options ---------------------------------------------------------------------------------
-def solve(reward: Tensor, follow: Tensor, termination: float, steps: int = 400) -> Tensor:
-    """Iterate `option_target` in a table: the values Q_o(s), (states, n)."""
-    value = torch.zeros_like(reward)
-    for _ in range(steps):
-        columns = []
-        for option in range(reward.shape[1]):  # every option has its own reward and successor
-            next_value = value[follow[:, option]]
-            target = ptf.option_target(
-                reward[:, option], torch.zeros(len(reward)), next_value, next_value,
-                torch.full_like(next_value, termination), GAMMA,
-            )
-            columns.append(target[:, option])
-        value = torch.stack(columns, dim=1)
-    return value
-
-
-def test_option_values_in_a_table():
+@pytest.mark.parametrize("termination", [0.0, 1.0])
+def test_option_values_in_a_table(termination: float):
     """4 states and 2 options: those that never end have the value of their policy, (1 - gamma
     P_o)^-1 r_o; those that end at once Q-learning's, here from all 16 policies over options.
     """
     torch.manual_seed(0)
-    reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))
+    reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))  # of every option
+    value, beta = torch.zeros(4, 2), torch.full((8, 2), termination)
+    for _ in range(400):
+        following = value[follow].view(8, 2)
+        target = ptf.option_target(
+            reward.flatten(), torch.zeros(8), following, following, beta, GAMMA
+        )
+        value = target.view(4, 2, 2).diagonal(dim1=1, dim2=2)
 
-    def value_of(choice: Tensor) -> Tensor:
-        row = torch.arange(4)
-        matrix = torch.eye(4) - GAMMA * torch.eye(4)[follow[row, choice]]
-        return torch.linalg.solve(matrix, reward[row, choice])
-
-    alone = torch.stack([value_of(torch.full((4,), option)) for option in range(2)], dim=1)
-    torch.testing.assert_close(solve(reward, follow, 0.0), alone, atol=1e-4, rtol=1e-4)
-    choices = [torch.tensor([number >> state & 1 for state in range(4)]) for number in range(16)]
-    best = torch.stack([value_of(choice) for choice in choices]).amax(dim=0)
-    exact = reward + GAMMA * best[follow]
-    torch.testing.assert_close(solve(reward, follow, 1.0), exact, atol=1e-4, rtol=1e-4)
+    values, state = {}, torch.arange(4)
+    for choice in itertools.product((0, 1), repeat=4):
+        matrix = torch.eye(4) - GAMMA * torch.eye(4)[follow[state, choice]]
+        values[choice] = torch.linalg.solve(matrix, reward[state, choice])
+    alone = torch.stack([values[0, 0, 0, 0], values[1, 1, 1, 1]], dim=1)
+    best = torch.stack([*values.values()]).amax(dim=0)
+    expected = reward + GAMMA * best[follow] if termination else alone
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("termination", [0.0, 0.3, 1.0])
@@ -123,9 +113,9 @@ def test_only_compatible_and_active_options_learn():
     agent = make_agent(option_lr=1e-2)
     batch = make_batch(agent)  # none is active
     alien = batch._replace(source_mean=batch.source_mean + 9)  # no action is near that
-    before = [p.clone() for p in agent.options.parameters()]
+    before = copies(agent.options)
     agent.update(alien)
-    assert all(map(torch.equal, before, agent.options.parameters()))
+    assert same(before, agent.options)
 
     # option 1 is active: its value and its termination learn
     agent.update(alien._replace(option=torch.ones(BATCH)))
@@ -180,7 +170,7 @@ def test_without_imitation_it_is_sac_bit_for_bit(c: float, guidance_starts: int,
     torch.manual_seed(0)
     args = make_args(sources=("none",), num_envs=NUM_ENVS)
     sac, agent = cup.Agent(args, OBS_DIM, ACTION_DIM, {}), make_agent(c=c, num_envs=NUM_ENVS)
-    before = [p.clone() for p in agent.options.parameters()]
+    before = copies(agent.options)
     learnt = what_is_learnt(agent, updates=10, guidance_starts=guidance_starts)
     assert all(map(torch.equal, learnt, what_is_learnt(sac, updates=10))) == is_sac
     assert not any(map(torch.equal, before, agent.options.parameters()))  # they learn anyway
@@ -218,10 +208,9 @@ def test_the_policy_does_not_teach_the_options():
     for agent in agents:
         torch.manual_seed(3)
         agent.update(make_batch(agent, active=1))
-    for name in ("options", "target_options", "critic"):
-        modules = [getattr(agent, name).parameters() for agent in agents]
-        assert all(map(torch.equal, *modules)), name
-    assert not all(map(torch.equal, *(agent.actor.parameters() for agent in agents)))
+    learnt = [copies(agent.options, agent.target_options, agent.critic) for agent in agents]
+    assert all(map(torch.equal, *learnt))
+    assert not same(copies(agents[0].actor), agents[1].actor)
 
 
 # ---- small tasks ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from by_hand import act, random_batch
+from by_hand import sac_parameters, random_batch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
@@ -27,14 +27,7 @@ def make_batch(seed: int, num_sources: int = 0) -> cup.Batch:
     return random_batch(BATCH, OBS_DIM, ACTION_DIM, num_sources, seed)
 
 
-def parameters(agent) -> list[Tensor]:
-    """All that is learned."""
-    modules = agent.actor, agent.critic, agent.target_critic
-    learnt = [p for module in modules for p in module.parameters()] + [agent.log_alpha]
-    return [p.detach().clone() for p in learnt]
-
-
-# ---- CUP without sources is textbook SAC ---------------------------------------------------------
+# ---- the update ----------------------------------------------------------------------------------
 class AdamByHand:
     """Adam (Kingma and Ba, 2015), Algorithm 1."""
 
@@ -51,6 +44,21 @@ class AdamByHand:
                 v.copy_(0.999 * v + 0.001 * g**2)
                 m_hat, v_hat = m / (1 - 0.9**self.t), v / (1 - 0.999**self.t)
                 p -= LEARNING_RATE * m_hat / (v_hat.sqrt() + 1e-8)
+
+
+def q(critic: cup.SoftQNetwork, obs: Tensor, action: Tensor) -> list[Tensor]:
+    """Q1 and Q2 (batch,), one network after the other, a layer at a time."""
+    values = []
+    for which in (0, 1):
+        x = torch.cat([obs, action], dim=1)
+        for layer in critic.net:
+            if isinstance(layer, cup.TwinLinear):
+                x = x @ layer.weight[which] + layer.bias[which, 0]
+            else:
+                x = x.clamp(min=0)
+        values.append(x.squeeze(1))
+    assert not torch.equal(*values)  # they are not one and the same
+    return values
 
 
 class TextbookSAC:
@@ -71,40 +79,45 @@ class TextbookSAC:
         action = policy.rsample()
         return action, policy.log_prob(action)
 
-    def update(self, batch: cup.Batch) -> None:
+    def update(self, batch: cup.Batch) -> dict[str, Tensor]:
         obs, next_obs, action, reward, terminated, *_ = batch
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = self.act(next_obs)
-            next_value = torch.min(*self.target_critic(next_obs, next_action))
+            next_value = torch.min(*q(self.target_critic, next_obs, next_action))
             next_value = next_value - alpha * next_log_prob
             target = reward + GAMMA * (1 - terminated) * next_value
-        q1, q2 = self.critic(obs, action)
-        self.critic_adam.minimise(((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean())
+        q1, q2 = q(self.critic, obs, action)
+        assert q1.shape == target.shape == (BATCH,)  # a broadcast would mix states
+        critic_loss = ((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean()
+        self.critic_adam.minimise(critic_loss)
         new_action, log_prob = self.act(obs)
-        q = torch.min(*self.critic(obs, new_action))
-        self.actor_adam.minimise((alpha * log_prob - q).mean())
-        self.alpha_adam.minimise(-self.log_alpha.exp() * (log_prob.detach().mean() - ACTION_DIM))
+        actor_loss = (alpha * log_prob - torch.min(*q(self.critic, obs, new_action))).mean()
+        self.actor_adam.minimise(actor_loss)
+        entropy = -log_prob.detach().mean()
+        self.alpha_adam.minimise(self.log_alpha.exp() * (entropy + ACTION_DIM))
         with torch.no_grad():
             networks = self.target_critic.parameters(), self.critic.parameters()
             for old, new in zip(*networks, strict=True):
                 old.copy_((1 - TAU) * old + TAU * new)
+        losses = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
+        return losses | {"alpha": alpha, "entropy": entropy}
 
 
 @pytest.mark.usefixtures("double_precision")
 def test_without_sources_it_is_textbook_sac():
-    """Only rounding differs, and there are no extra random draws."""
+    """In what is learnt and what is logged only rounding differs; no extra random draws."""
     agent = make_agent()
-    sac, before = TextbookSAC(agent), parameters(agent)
-    draws = []
+    sac, before = TextbookSAC(agent), sac_parameters(agent)
+    logged, draws = [], []
     for learner in (agent, sac):
         torch.manual_seed(1)
-        for seed in range(UPDATES):
-            learner.update(make_batch(seed))
+        logged.append([learner.update(make_batch(seed)) for seed in range(UPDATES)])
         draws.append(torch.rand(1))
-    torch.testing.assert_close(parameters(agent), parameters(sac), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(sac_parameters(agent), sac_parameters(sac), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(*logged, rtol=1e-6, atol=1e-8)  # the same names, the same numbers
     assert torch.equal(*draws)
-    assert not any(map(torch.equal, before, parameters(agent)))
+    assert not any(map(torch.equal, before, sac_parameters(agent)))
 
 
 def test_guidance_concerns_the_actor_alone():
@@ -112,60 +125,10 @@ def test_guidance_concerns_the_actor_alone():
     for agent, num_sources in zip(agents, (2, 0)):
         torch.manual_seed(1)
         agent.update(make_batch(0, num_sources))
-    guided, sac = (parameters(agent) for agent in agents)
+    guided, sac = (sac_parameters(agent) for agent in agents)
     in_actor = len(list(agents[0].actor.parameters()))
     assert not any(map(torch.equal, guided[:in_actor], sac[:in_actor]))
     assert all(map(torch.equal, guided[in_actor:], sac[in_actor:]))
-
-
-# ---- losses --------------------------------------------------------------------------------------
-def q(critic: cup.SoftQNetwork, obs: Tensor, action: Tensor) -> list[float]:
-    """Q1 and Q2 of one state and action, one network after the other, a layer at a time."""
-    values = []
-    for which in (0, 1):
-        x = torch.cat([obs, action])
-        for layer in critic.net:
-            if isinstance(layer, cup.TwinLinear):
-                x = x @ layer.weight[which] + layer.bias[which, 0]
-            else:
-                x = x.clamp(min=0)
-        values.append(x.item())
-    assert abs(values[0] - values[1]) > 1e-6  # they are not one and the same
-    return values
-
-
-def test_losses_against_a_loop_over_the_batch():
-    """A (B, 1) - (B,) broadcast would mix states: here every state is on its own."""
-    agent = make_agent(q_lr=0.0)
-    obs, next_obs, action, reward, terminated, *_ = batch = make_batch(0)
-    alpha = agent.log_alpha.exp().item()
-    torch.manual_seed(1)
-    next_noise, noise = torch.randn(2, BATCH, ACTION_DIM)
-
-    def policy(state: Tensor) -> list[list[float]]:
-        return [part.tolist() for part in agent.actor(state)]
-
-    critic_loss = actor_loss = entropy = 0.0
-    for b in range(BATCH):
-        target = reward[b].item()
-        if not terminated[b]:
-            next_action, log_prob = act(*policy(next_obs[b]), next_noise[b].tolist())
-            next_q = min(q(agent.target_critic, next_obs[b], next_action))
-            target += GAMMA * (next_q - alpha * log_prob)
-        for value in q(agent.critic, obs[b], action[b]):
-            critic_loss += (value - target) ** 2 / BATCH
-        new_action, log_prob = act(*policy(obs[b]), noise[b].tolist())
-        actor_loss += (alpha * log_prob - min(q(agent.critic, obs[b], new_action))) / BATCH
-        entropy -= log_prob / BATCH
-
-    torch.manual_seed(1)
-    info = agent.update(batch)
-    assert info["loss/critic"].item() == pytest.approx(critic_loss, rel=1e-5)
-    assert info["loss/actor"].item() == pytest.approx(actor_loss, rel=1e-5, abs=1e-5)
-    assert info["alpha"].item() == pytest.approx(alpha)
-    assert info["entropy"].item() == pytest.approx(entropy, rel=1e-5)
-    assert all(value.shape == () for value in info.values())
-    assert info.keys() == {"loss/critic", "loss/actor", "alpha", "entropy"}
 
 
 @pytest.mark.parametrize("log_std_bias", [-1.0, 0.0])
