@@ -74,7 +74,7 @@ def test_list_prints_every_command_first_seeds_first(call):
         assert line == (
             f"python {script} --env-id {task} --seed {seed} --total-timesteps 900 --threads 1"
             f" --run-dir runs/transfer/{task}__{method}__{seed} --resume --beta1 3"
-            + " --sources" * (method == "sac")
+            + " --num-random-sources 0 --sources" * (method == "sac")
         )
     lines = call("--list --tag beta3").stdout.splitlines()
     assert len(lines) == 6 * 2 * 3
