@@ -91,7 +91,7 @@ class Grasp(Walk):
     observation_space = Box(-np.inf, np.inf, (4,), np.float32)
 
     def observe(self):
-        return np.array([self.position, self.time, self.lifetime > 30, 0], np.float32)
+        return np.array([self.position, self.time, self.time > 30, 0], np.float32)
 
     def info(self):
         return {"success": self.position < -1}
