@@ -801,11 +801,14 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     def save_checkpoint():
         if not all(math.isfinite(value) for value in info.values()):
             return  # the one before is better
-        state = {"args": asdict(args), "method": method, "step": step, "recent": recent[-20:]}
-        state |= {"rows": logger.rows, "wandb_id": logger.wandb_id, "info": info}
-        state |= {"agent": agent.state_dict(), "rng_state": torch.get_rng_state()}
-        state["sources"] = {name: policy_content(actor) for name, actor in sources.items()}
-        state["episodes"] = [(env.episode, env.actions) for env in envs.envs]
+        state = {
+            "args": asdict(args), "method": method, "step": step, "recent": recent[-20:],
+            "rows": logger.rows, "wandb_id": logger.wandb_id,
+            "info": {name: float(value) for name, value in info.items()},
+            "agent": agent.state_dict(), "rng_state": torch.get_rng_state(),
+            "sources": {name: policy_content(actor) for name, actor in sources.items()},
+            "episodes": [(env.episode, env.actions) for env in envs.envs],
+        }
         save(state, run_dir / "checkpoint.pt")
 
     def due(interval):  # was a multiple of `interval` among the steps just taken?
