@@ -37,7 +37,7 @@ def main() -> None:
     actor = cup.load_policy(args.policy)
     env_id = args.env_id or actor.about.get("env_id")
     if not str(env_id).endswith(("-v2", "-v3")):
-        raise cup.UserError(f"{args.policy} is of {env_id}: name a Meta-World task with --env-id")
+        raise cup.UserError(f"{args.policy} names no Meta-World task: choose one with --env-id")
     env = cup.make_env(env_id, args.seed, render_mode="rgb_array")
     env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera(args.camera).id
     obs, _ = env.reset()

@@ -68,7 +68,8 @@ def kernel_seconds(agent: cup.Agent, envs, updates: int, steps: int) -> float:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.cuda and not torch.cuda.is_available():
-        sys.exit("gpu.py: PyTorch finds no CUDA device: use --no-cuda")
+        print("gpu.py: PyTorch finds no CUDA device: use --no-cuda", file=sys.stderr)
+        sys.exit(2)
     machine = torch.cuda.get_device_name() if args.cuda else "CPU"
     about = {"machine": f"{machine}, {os.cpu_count()} cores", "torch": torch.__version__}
     about["sources"] = args.num_sources
