@@ -10,8 +10,8 @@
 - study-K: steps/s in all of K runs side by side, with cup.py's own settings, one thread each
 - update-N, products: ms of an update with N sources, and of the matrix products of one without
 
-With -compiled it is cup.py --compile. Every number is measured in a process of its own, in turn with
-the others, and is a row of speed.csv; speed.md has the medians and their ratios.
+With -compiled it is cup.py --compile. Every number is measured in a process of its own, in turn
+with the others, and is a row of speed.csv; speed.md has the medians and their ratios.
 """
 
 import dataclasses

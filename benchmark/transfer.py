@@ -66,7 +66,7 @@ def make_commands(args: Args, extra: list[str]) -> dict[Path, list[str]]:
     """The command of every run directory, in the order in which they are to be made."""
     commands = {}
     for seed, env_id, method in itertools.product(args.seeds, args.tasks, args.methods):
-        run_dir = args.runs_dir / "__".join([env_id, method, str(seed), *([args.tag] if args.tag else [])])
+        run_dir = args.runs_dir / "__".join(filter(None, (env_id, method, str(seed), args.tag)))
         script = "cup.py" if method in FLAGS else f"baselines/{method}.py"
         command = [os.path.relpath(ROOT / script), "--env-id", env_id, "--seed", str(seed)]
         command += ["--total-timesteps", str(args.total_timesteps), "--threads", "1"]
@@ -132,14 +132,8 @@ def submit(args: Args, todo: list[tuple[Path, list[str]]]) -> None:
     limits = {"timeout_min": 3 * 24 * 60, "cpus_per_task": 1, "mem_gb": 8}
     limits["slurm_additional_parameters"] = {"signal": "TERM@120"}  # two minutes before the end
     executor.update_parameters(name="cup", slurm_array_parallelism=args.workers, **limits)
-    executor.map_array(run_on_cluster, todo)
-
-
-def run_on_cluster(run: tuple[Path, list[str]]) -> None:
-    """A job; it fails if its run does."""
-    process = start(*run)
-    if process and process.wait() != 0:
-        sys.exit(f"{run[0].name} failed: see its log.txt")
+    # log.txt says of a job whether its run has failed
+    executor.map_array(lambda run: (process := start(*run)) and process.wait(), todo)
 
 
 def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) -> None:
