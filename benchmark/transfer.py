@@ -132,7 +132,6 @@ def submit(args: Args, todo: list[tuple[Path, list[str]]]) -> None:
     limits = {"timeout_min": 3 * 24 * 60, "cpus_per_task": 1, "mem_gb": 8}
     limits["slurm_additional_parameters"] = {"signal": "TERM@120"}  # two minutes before the end
     executor.update_parameters(name="cup", slurm_array_parallelism=args.workers, **limits)
-    # log.txt says of a job whether its run has failed
     executor.map_array(lambda run: (process := start(*run)) and process.wait(), todo)
 
 
