@@ -378,7 +378,7 @@ def guidance_loss(
 
 
 @torch.no_grad()
-def query_sources(sources: dict, obs: Tensor, action_dim: int) -> tuple[Tensor, Tensor]:
+def query_sources(sources: dict[str, Actor], obs: Tensor, action_dim: int) -> tuple[Tensor, Tensor]:
     """Mean and log-std (batch, n, action_dim) of the n sources at obs (batch, obs_dim).
 
     Bounded, because a source that is nearly deterministic or saturated gives almost no probability
