@@ -195,10 +195,10 @@ def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
 
 
 def make_envs(env_id: str, num_envs: int, *seed: int) -> gym.vector.SyncVectorEnv:
-    """Environments that step in turn; a finished episode's next one begins in the same step."""
+    """Environments that step in turn; to reset one whose episode has ended is up to the caller."""
     seeds = [derive_seed(*seed, index) for index in range(num_envs)]
     make = [lambda seed=seed: make_env(env_id, seed) for seed in seeds]
-    return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -660,28 +660,24 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
 # ---- evaluation and training ---------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(
-    actor: Actor, envs: gym.vector.SyncVectorEnv, episodes: int, first_episode: int = 0,
-    sample: bool = False,
+    actor: Actor, env: SeededEpisodes, episodes: int, first_episode: int = 0, sample: bool = False
 ) -> np.ndarray:
     """Return and success (2, episodes) of the mean action, or of sampled ones.
 
-    `first_episode` chooses the goals. Every environment plays a fixed share of the episodes, so
-    that short ones do not crowd out long ones.
+    `first_episode` chooses the goals.
     """
     device, results = next(actor.parameters()).device, []
-    todo = [len(range(index, episodes, envs.num_envs)) for index in range(envs.num_envs)]
-    envs.set_attr("start_at", [(first_episode, ())] * envs.num_envs)
-    obs, _ = envs.reset()
-    while any(todo):
-        mean, log_std = actor(torch.as_tensor(obs, device=device))
-        noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
-        action, _ = squash(mean, log_std, noise)
-        obs, _, terminated, truncated, infos = envs.step(action.cpu().numpy())
-        for index in np.flatnonzero(terminated | truncated):
-            if todo[index]:
-                todo[index] -= 1
-                results.append([infos["final_info"][name][index] for name in ("return", "success")])
-    return np.array(results, np.float64).reshape(-1, 2).T
+    env.start_at = first_episode, ()
+    for _ in range(episodes):
+        obs, ended = env.reset()[0], False
+        while not ended:
+            mean, log_std = actor(torch.as_tensor(obs[None], device=device))  # a batch of one
+            noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
+            action, _ = squash(mean, log_std, noise)
+            obs, _, terminated, truncated, info = env.step(action[0].cpu().numpy())
+            ended = terminated or truncated
+        results.append([info["return"], info["success"]])
+    return np.array(results).T
 
 
 def load_checkpoint(args: Args, method: str, run_dir: Path) -> dict:
@@ -772,8 +768,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 
     # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
     envs = make_envs(args.env_id, args.num_envs, args.seed, 0)
-    eval_envs = make_envs(args.env_id, args.num_envs, args.seed, 1)
-    if envs.envs[0].spec and not envs.envs[0].spec.max_episode_steps:
+    eval_env = make_env(args.env_id, derive_seed(args.seed, 1))
+    if eval_env.spec and not eval_env.spec.max_episode_steps:
         print(f"warning: {args.env_id} has no time limit (gymnasium.wrappers.TimeLimit sets one): "
               "an evaluation lasts as long as its episodes", file=sys.stderr)
     (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
@@ -821,7 +817,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             is_new = step > logger.last["step"]  # not so if the checkpoint holds this step's row
             if is_new and (is_last or due(args.eval_interval)):
                 # the step as first episode's number: new goals for every evaluation
-                scores = evaluate(agent.actor, eval_envs, args.eval_episodes, step)
+                scores = evaluate(agent.actor, eval_env, args.eval_episodes, step)
                 row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
             if is_new and (row or due(args.log_interval)):
                 if recent:
@@ -858,18 +854,18 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 
             # ---- step, store
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-            final_obs = next_obs.copy()
-            for index in np.flatnonzero(terminated | truncated):  # next_obs is the next episode's
-                final_obs[index], final = infos["final_obs"][index], infos["final_info"]
-                recent.append([float(final[name][index]) for name in ("return", "success")])
             stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
-                      for x in (final_obs, reward, terminated)]
+                      for x in (next_obs, reward, terminated)]
             agent.store(obs, action, *stored)
+            ended = terminated | truncated
+            if ended.any():
+                recent += np.stack([infos["return"], infos["success"]], axis=1)[ended].tolist()
+                next_obs, _ = envs.reset(options={"reset_mask": ended})
             step = next_step
             obs = torch.as_tensor(next_obs, device=device)
     finally:  # also where an environment failed
         envs.close()
-        eval_envs.close()
+        eval_env.close()
         save_checkpoint()
     if signals:
         print(f"stopped at step {step:,}: the same command with --resume goes on")
@@ -887,12 +883,12 @@ def score_policy(args: Args) -> None:
     # "module:Name" would import a module that a stranger's file chose
     if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
-    envs = make_envs(env_id, args.num_envs, args.seed, 2)
-    sizes = envs.single_observation_space.shape + envs.single_action_space.shape
+    env = make_env(env_id, derive_seed(args.seed, 2))
+    sizes = env.observation_space.shape + env.action_space.shape
     check_sizes(args.evaluate, actor, env_id, sizes)
     print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")
     for name in ("mean", "sampled"):
-        returns, wins = evaluate(actor, envs, args.eval_episodes, sample=name == "sampled")
+        returns, wins = evaluate(actor, env, args.eval_episodes, sample=name == "sampled")
         half_width = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5
         line = f"{name} action: return {returns.mean():.1f} +- {half_width:.1f}"
         if not np.isnan(wins).any():

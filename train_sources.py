@@ -59,9 +59,9 @@ class Args:
 
 def score(args: Args, env_id: str, actor: cup.Actor, first_episode: int) -> dict:
     """Mean and sampled actions on fresh goals, those from `first_episode` on."""
-    with closing(cup.make_envs(env_id, 4, args.seed, 2)) as envs:
-        returns, wins = cup.evaluate(actor, envs, args.test_episodes, first_episode)
-        sampled_wins = cup.evaluate(actor, envs, args.test_episodes, first_episode, sample=True)[1]
+    with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 2))) as env:
+        returns, wins = cup.evaluate(actor, env, args.test_episodes, first_episode)
+        sampled_wins = cup.evaluate(actor, env, args.test_episodes, first_episode, sample=True)[1]
     rates = {"success_rate": wins.mean().item(), "sampled_success_rate": sampled_wins.mean().item()}
     return rates | {"return": returns.mean().item(), "eval_episodes": args.test_episodes}
 

@@ -30,12 +30,13 @@ OWN_POLICY = {"haar": "skills.1.net.4.bias", "multipolar": "theta"}  # no cup.Ac
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
     """Its one checkpoint is in the middle of the episodes, of 40 steps in both environments."""
-    arguments = [*PENDULUM, "--env-id", "faulty_envs:Walk-v0", "--checkpoint-interval", 300]
+    arguments = [*PENDULUM, "--env-id", "faulty_envs:Walk-v0", "--checkpoint-interval", 700]
     arguments += FLAGS[name].split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     succeed(*arguments, "--run-dir", whole, classes=CLASSES[name])
     script = Path(cup.__file__).parent / f"baselines/{name}.py"
-    process = started_run(killed, *arguments, script=script, rows=16)
+    longer = [*arguments, "--total-timesteps", 1380]  # before it ends there is time for the kill
+    process = started_run(killed, *longer, script=script, rows=36)
     process.send_signal(signal.SIGKILL)
     assert finish(process).returncode == -signal.SIGKILL
     checkpoint = checkpoint_of(killed)
