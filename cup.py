@@ -768,7 +768,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 
     # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
     envs = make_envs(args.env_id, args.num_envs, args.seed, 0)
-    eval_env = make_env(args.env_id, derive_seed(args.seed, 1))
+    eval_env = make_env(args.env_id, derive_seed(args.seed, 1, 0))
     if eval_env.spec and not eval_env.spec.max_episode_steps:
         print(f"warning: {args.env_id} has no time limit (gymnasium.wrappers.TimeLimit sets one): "
               "an evaluation lasts as long as its episodes", file=sys.stderr)
@@ -883,7 +883,7 @@ def score_policy(args: Args) -> None:
     # "module:Name" would import a module that a stranger's file chose
     if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
-    env = make_env(env_id, derive_seed(args.seed, 2))
+    env = make_env(env_id, derive_seed(args.seed, 2, 0))
     sizes = env.observation_space.shape + env.action_space.shape
     check_sizes(args.evaluate, actor, env_id, sizes)
     print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")

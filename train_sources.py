@@ -59,7 +59,7 @@ class Args:
 
 def score(args: Args, env_id: str, actor: cup.Actor, first_episode: int) -> dict:
     """Mean and sampled actions on fresh goals, those from `first_episode` on."""
-    with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 2))) as env:
+    with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 2, 0))) as env:
         returns, wins = cup.evaluate(actor, env, args.test_episodes, first_episode)
         sampled_wins = cup.evaluate(actor, env, args.test_episodes, first_episode, sample=True)[1]
     rates = {"success_rate": wins.mean().item(), "sampled_success_rate": sampled_wins.mean().item()}

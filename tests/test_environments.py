@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from program import SMALL, checkpoint_of, succeed, weights
 
 import cup
@@ -88,6 +89,22 @@ def test_an_episode_is_500_steps_then_truncated_and_summed_up(monkeypatch):
     assert successes[-1] == 0
     assert info == {"return": pytest.approx(sum(rewards)), "success": 1.0}
     assert 0 <= min(rewards) <= max(rewards) <= 10  # as in v2
+
+
+def test_evaluate_plays_the_mean_action_from_first_episode_on():
+    """A policy whose mean is 0, against an environment to which nothing is done."""
+    actor, env, idle = cup.Actor(3, 1, []), *(cup.make_env("Pendulum-v1", seed=1) for _ in range(2))
+    torch.nn.init.zeros_(actor.net[-1].weight)
+    torch.nn.init.zeros_(actor.net[-1].bias)
+    returns, successes = cup.evaluate(actor, env, episodes=2, first_episode=1)
+    expected = []
+    for _ in range(3):
+        idle.reset()
+        expected.append(sum(idle.step(np.zeros(1, np.float32))[1] for _ in range(200)))
+    np.testing.assert_allclose(returns, expected[1:])
+    assert np.isnan(successes).all()  # Pendulum has none
+    sampled, _ = cup.evaluate(actor, env, episodes=2, first_episode=1, sample=True)
+    assert (sampled != returns).all()
 
 
 @pytest.mark.parametrize("task", ["peg-insert-side-v2", "Pendulum-v1"])
