@@ -599,24 +599,20 @@ def policy_content(actor: Actor, **about) -> dict:
     return {"actor": {name: getattr(actor, name) for name in names}, **about, "weights": weights}
 
 
-def build_actor(content: dict) -> Actor:
-    """The frozen actor of a policy file's content; `about` is what the file says of itself."""
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        actor = Actor(**content["actor"])
-    actor.load_state_dict(content["weights"], assign=True)
-    actor.about = {k: v for k, v in content.items() if k not in ("actor", "weights")}
-    return actor.float().requires_grad_(False)
-
-
 def load_policy(path: str | Path) -> Actor:
     """The frozen actor of a policy file: `mean, log_std = actor(obs)`, both before the tanh.
 
-    Nothing in the file is executed. Raises UserError for anything but a whole, finite policy.
+    `about` is what the file says of itself. Nothing in it is executed. Raises UserError for anything but a whole, finite policy.
     """
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load skips the checksums
             raise ValueError(f"{damaged} in it is damaged")
-        actor = build_actor(torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+            actor = Actor(**content["actor"])
+        actor.load_state_dict(content["weights"], assign=True)
+        actor.float().requires_grad_(False)
+        actor.about = {k: v for k, v in content.items() if k not in ("actor", "weights")}
         tensors = [*actor.state_dict().values(), *actor(torch.zeros(actor.obs_dim))]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ValueError("a weight or a bound is not finite")
@@ -773,10 +769,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         print(f"warning: {args.env_id} has no time limit (gymnasium.wrappers.TimeLimit sets one): "
               "an evaluation lasts as long as its episodes", file=sys.stderr)
     (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    if checkpoint:  # the files may have changed
-        sources = {name: build_actor(content) for name, content in checkpoint["sources"].items()}
-    else:
-        sources = load_sources(args, obs_dim, action_dim)
+    sources = load_sources(args, obs_dim, action_dim)
     sources = {name: actor.to(device) for name, actor in sources.items()}
     agent = agent_class(args, obs_dim, action_dim, sources, device)
     step = checkpoint.get("step", 0)  # environment steps so far
@@ -802,7 +795,6 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             "rows": logger.rows, "wandb_id": logger.wandb_id,
             "info": {name: float(value) for name, value in info.items()},
             "agent": agent.state_dict(), "rng_state": torch.get_rng_state(),
-            "sources": {name: policy_content(actor) for name, actor in sources.items()},
             "episodes": [(env.episode, env.actions) for env in envs.envs],
         }
         save(state, run_dir / "checkpoint.pt")

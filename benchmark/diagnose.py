@@ -54,13 +54,16 @@ def load_agent(run_dir: Path) -> tuple[cup.Agent, dict]:
     try:
         path = run_dir / "checkpoint.pt"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state, sources = checkpoint["agent"], checkpoint["sources"]
-        sizes = [next(iter(sources.values()))["actor"][f"{x}_dim"] for x in ("obs", "action")]
+        if checkpoint["method"] != "cup":
+            raise ValueError(f"it is one of {checkpoint['method']}")
+        state = checkpoint["agent"]
+        buffer = cup.Batch(*state["buffer._extra_state"]["columns"])
         args = cup.Args(**checkpoint["args"] | {"cuda": False, "compile": False})
     except Exception as error:  # no file, another method's, or an older cup.py's
         raise cup.UserError(f"{run_dir} has no checkpoint of a CUP run ({error!r})") from error
-    args.buffer_size = len(state["buffer._extra_state"]["columns"][0])  # as much as there is
-    agent = cup.Agent(args, *sizes, {name: cup.build_actor(x) for name, x in sources.items()})
+    args.buffer_size = len(buffer.obs)  # as much as there is
+    sizes = buffer.obs.shape[1], buffer.action.shape[1]
+    agent = cup.Agent(args, *sizes, cup.load_sources(args, *sizes))
     agent.load_state_dict(state)
     return agent, checkpoint
 

@@ -218,7 +218,7 @@ def test_diagnosis_of_a_run(tmp_path, call, capsys):
 
 
 def test_what_diagnose_cannot_look_into_is_a_sentence(tmp_path, call, capsys):
-    torch.save({"args": {}, "agent": {}, "sources": {}}, tmp_path / "checkpoint.pt")
+    torch.save({"args": {}, "agent": {}, "method": "sac"}, tmp_path / "checkpoint.pt")
     for run_dir in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SystemExit) as stop:
             call(diagnose, run_dir)
