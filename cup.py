@@ -602,7 +602,8 @@ def policy_content(actor: Actor, **about) -> dict:
 def load_policy(path: str | Path) -> Actor:
     """The frozen actor of a policy file: `mean, log_std = actor(obs)`, both before the tanh.
 
-    `about` is what the file says of itself. Nothing in it is executed. Raises UserError for anything but a whole, finite policy.
+    `about` is what the file says of itself. Nothing in it is executed. Raises UserError for
+    anything but a whole, finite policy.
     """
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load skips the checksums
@@ -660,7 +661,7 @@ def evaluate(
 ) -> np.ndarray:
     """Return and success (2, episodes) of the mean action, or of sampled ones.
 
-    `first_episode` chooses the goals.
+    `first_episode` is the number of the first, which decides its goal.
     """
     device, results = next(actor.parameters()).device, []
     env.start_at = first_episode, ()
