@@ -47,11 +47,13 @@ def run(agent: cup.Agent, envs, updates: int, steps: int) -> float:
         action = agent.act(obs, [len(env.actions) for env in envs.envs])
         for _ in range(updates):
             agent.update(agent.buffer.sample(256))
-        next_obs, reward, terminated, _, _ = envs.step(action.cpu().numpy())
+        next_obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
                   for x in (next_obs, reward, terminated)]
         agent.store(obs, action, *stored)
-        obs = stored[0]
+        if truncated.any():  # all of them, after 500 steps
+            next_obs, _ = envs.reset()
+        obs = torch.as_tensor(next_obs, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -50,7 +50,7 @@ def parts_of_a_step(args: Args, num_sources: int, compiled: bool) -> dict[str, f
         times.append(time.perf_counter())
         agent.update(batch)
         times.append(time.perf_counter())
-        next_obs, reward, terminated, _, _ = envs.step(action.numpy())
+        next_obs, reward, terminated, truncated, _ = envs.step(action.numpy())
         times.append(time.perf_counter())
         stored = [torch.as_tensor(x, dtype=torch.float32) for x in (next_obs, reward, terminated)]
         agent.store(obs, action, *stored)
@@ -58,6 +58,8 @@ def parts_of_a_step(args: Args, num_sources: int, compiled: bool) -> dict[str, f
         times.append(time.perf_counter())
         for part, start, end in zip(PARTS, times, times[1:]):
             seconds[part] += end - start
+        if truncated.any():  # after 500 steps
+            obs = torch.as_tensor(envs.reset()[0])
     return {part: 1e3 * seconds[part] / args.steps for part in PARTS}
 
 

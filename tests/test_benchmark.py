@@ -16,7 +16,7 @@ from by_hand import random_batch
 from program import PENDULUM, succeed
 
 import cup
-from benchmark import diagnose, plot, speed
+from benchmark import diagnose, gpu, plot, speed
 from benchmark.transfer import read_csv
 
 FOLDER = Path(speed.__file__).parent
@@ -195,6 +195,13 @@ def test_the_two_gradients_at_the_mean():
         loss = agent.log_alpha.exp() * log_prob - agent.critic(batch.obs[k], action).min()
         (expected,) = torch.autograd.grad(loss / 64, own_mean)
         assert torch.allclose(sac[k], expected, atol=1e-6)
+
+
+def test_gpu_steps_past_the_end_of_an_episode():
+    """Which is for it to begin anew, after 500 steps."""
+    envs = cup.make_envs("reach-v2", 1, 1)
+    assert gpu.run(speed.make_agent(0, "cpu", compile=False), envs, updates=0, steps=502) > 0
+    assert [(env.episode, len(env.actions)) for env in envs.envs] == [(1, 2)]
 
 
 def test_diagnosis_of_a_run(tmp_path, call, capsys):
