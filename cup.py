@@ -164,7 +164,8 @@ class SeededEpisodes(gym.Wrapper):
     def checked(self, obs, reward: float = 0.0) -> np.ndarray:
         obs = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
-            raise UserError(f"the environment returned NaN or infinity in episode {self.episode}")
+            after = f"episode {self.episode}, after the actions {self.actions[-1:]}"
+            raise UserError(f"the environment returned NaN or infinity in {after}")
         return obs
 
 
@@ -353,9 +354,9 @@ def guidance_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
-    critic(obs, action) is Q without a last axis of its own. obs (batch, obs_dim); mean, log_std
-    (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q and
-    log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
+    critic: obs (..., obs_dim), action (..., action_dim) -> Q (...). obs (batch, obs_dim); mean,
+    log_std (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q
+    and log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
     (batch, n, action_dim). Returns the loss, through mean and log_std, and what was found:
     advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
     """
@@ -537,7 +538,7 @@ class Agent(nn.Module):
         actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
 
-        # ---- guidance: the KL term of L_CUP, Eq. 11
+        # ---- guidance: the KL term of L_CUP, Eq. 11, by the critic just updated (Alg. 1: before)
         if guide:
             entropy_weight = alpha if args.soft_advantage else 0.0
             kl_loss, states = guidance_loss(
@@ -590,9 +591,10 @@ def policy_content(actor: Actor, **about) -> dict:
     """What a policy file holds, as torch.save writes it.
 
     `actor`: the arguments of `Actor`. `weights`: "standardize.shift", "standardize.scale"
-    (obs_dim,), then "net.0.weight" (hidden, obs_dim), "net.0.bias" and so on by twos, with ReLU
-    between; the last layer's rows are the means', then the log-stds', before they are bounded.
-    The rest is `about` the policy: env_id, step, return, success_rate.
+    (obs_dim,), by which the network sees obs * scale + shift; then "net.0.weight"
+    (hidden, obs_dim), "net.0.bias" and so on by twos, with ReLU between; the last layer's rows are
+    the means', then the log-stds', before they are bounded. The rest is `about` the policy:
+    env_id, step, return, success_rate.
     """
     names = ("obs_dim", "action_dim", "hidden_sizes", "mean_bound", "log_std_min", "log_std_max")
     weights = {name: tensor.cpu().clone() for name, tensor in actor.state_dict().items()}
@@ -639,7 +641,7 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
     same networks, the same random actions and the same goals.
     """
     sources = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([0] if args.cuda else []):
         for k in range(args.num_random_sources):
             torch.manual_seed(derive_seed(args.seed, 3, k))
             sources[f"random-{k + 1}"] = Actor(obs_dim, action_dim, args.hidden_sizes)
@@ -692,6 +694,8 @@ def load_checkpoint(args: Args, method: str, run_dir: Path) -> dict:
                   "tensorboard", "track")
     for name, value in (asdict(args) | {"method": method}).items():
         before = started_with.get(name)
+        if name == "sources":  # by folder and file: a run may move, and its sources with it
+            value, before = ([Path(x).parts[-2:] for x in paths] for paths in (value, before))
         if value != before and name not in may_differ:
             raise UserError(f"{run_dir} was started with {name} = {before}, not {value}")
     return checkpoint
@@ -712,13 +716,10 @@ class Logger:
                 wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
                 self.wandb_id = wandb.run.id
             self.tensorboard = SummaryWriter(run_dir, purge_step=self.last["step"] + 1)
-        self.start = time.monotonic() - self.last["time/seconds"]
+        self.start = time.monotonic() - checkpoint.get("seconds", 0)
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Add a row. Raises UserError for a loss that is not finite."""
-        for name, value in row.items():
-            if name.startswith("loss/") and not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
+        """Add a row."""
         seconds = time.monotonic() - self.start
         rate = (step - self.last["step"]) / (seconds - self.last["time/seconds"])
         row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
@@ -778,10 +779,12 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     recent = checkpoint.get("recent", [])  # return and success of the last training episodes
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
+        torch.manual_seed(derive_seed(args.seed, 6, step))  # on a GPU: other numbers than before
         torch.set_rng_state(checkpoint["rng_state"])
         envs.set_attr("start_at", checkpoint["episodes"])
     obs = torch.as_tensor(envs.reset()[0], device=device)
     logger = Logger(args, run_dir, checkpoint)
+    del checkpoint  # it is mapped into memory: its file would keep its place on the disk
     run_dir.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
     about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
@@ -794,6 +797,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         state = {
             "args": asdict(args), "method": method, "step": step, "recent": recent[-20:],
             "rows": logger.rows, "wandb_id": logger.wandb_id,
+            "seconds": time.monotonic() - logger.start,
             "info": {name: float(value) for name, value in info.items()},
             "agent": agent.state_dict(), "rng_state": torch.get_rng_state(),
             "episodes": [(env.episode, env.actions) for env in envs.envs],
@@ -805,6 +809,10 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 
     try:
         while not signals:
+            for name, value in info.items():
+                if name.startswith("loss/") and not math.isfinite(value):
+                    raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
+
             # ---- evaluate, log, save
             row, is_last = {}, step >= args.total_timesteps
             is_new = step > logger.last["step"]  # not so if the checkpoint holds this step's row
@@ -812,18 +820,17 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
                 # the step as first episode's number: new goals for every evaluation
                 scores = evaluate(agent.actor, eval_env, args.eval_episodes, step)
                 row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
+                about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
+                policy = policy_content(agent.actor, env_id=args.env_id, step=step, **about)
+                # as a source it will ignore what its own task has never shown
+                policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
+                save(policy, run_dir / "policy.pt")
             if is_new and (row or due(args.log_interval)):
                 if recent:
                     means = np.mean(recent[-20:], axis=0)
                     row["train/return"], row["train/success_rate"] = means.tolist()
                 logger.log(step, row | {name: float(value) for name, value in info.items()})
                 info = {}
-            if "eval/return" in row:
-                about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
-                policy = policy_content(agent.actor, env_id=args.env_id, step=step, **about)
-                # as a source it will ignore what its own task has never shown
-                policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
-                save(policy, run_dir / "policy.pt")
             if is_last:
                 break
             if due(args.checkpoint_interval):
@@ -856,10 +863,10 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
                 next_obs, _ = envs.reset(options={"reset_mask": ended})
             step = next_step
             obs = torch.as_tensor(next_obs, device=device)
-    finally:  # also where an environment failed
+    finally:  # also where an environment failed; this step's updates are then made once more
+        save_checkpoint()
         envs.close()
         eval_env.close()
-        save_checkpoint()
     if signals:
         print(f"stopped at step {step:,}: the same command with --resume goes on")
     else:
@@ -869,7 +876,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 # ---- command line --------------------------------------------------------------------------------
 def score_policy(args: Args) -> None:
     """--evaluate: how a policy file does on fresh goals, by mean and by sampled action."""
-    from scipy.stats import binomtest  # Meta-World brings it
+    from scipy.stats import binomtest, sem, t  # Meta-World brings it
 
     actor = load_policy(args.evaluate)
     env_id = args.env_id or actor.about.get("env_id")
@@ -882,7 +889,7 @@ def score_policy(args: Args) -> None:
     print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")
     for name in ("mean", "sampled"):
         returns, wins = evaluate(actor, env, args.eval_episodes, sample=name == "sampled")
-        half_width = 1.96 * returns.std() / max(len(returns) - 1, 1) ** 0.5
+        half_width = t.ppf(0.975, len(returns) - 1) * sem(returns)
         line = f"{name} action: return {returns.mean():.1f} +- {half_width:.1f}"
         if not np.isnan(wins).any():
             low, high = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")

@@ -5,9 +5,9 @@
     python train_sources.py --env-ids push-wall-v2 --sources sources/push-v2.pt   # by CUP
     python train_sources.py --env-ids push-v2 --from-controller --output-dir cloned
 
-Writes <env-id>.pt into the output directory once a policy succeeds on fresh goals, or the best one
-when the steps are over. What is there is skipped, and what is unfinished goes on where it stopped:
-stop it and start it again as you like.
+Writes <env-id>.pt into the output directory once a policy succeeds on fresh goals, or, when the
+steps are over, the best of those that were tested, of which the last is one. What is there is
+skipped, and what is unfinished goes on where it stopped: stop it and start it again as you like.
 """
 
 import csv
@@ -55,6 +55,8 @@ class Args:
     def __post_init__(self):
         if min(self.workers, self.patience, self.test_episodes) < 1:
             raise ValueError("--workers, --patience and --test-episodes must be positive")
+        if not 0 <= self.target_success <= 1:
+            raise ValueError("--target-success must be between 0 and 1")
 
 
 def score(args: Args, env_id: str, actor: cup.Actor, first_episode: int) -> dict:
@@ -97,8 +99,8 @@ def train(args: Args, env_id: str) -> Iterator[None]:
     command += ["--resume", "--seed", str(args.seed), *SETTINGS.split()]
     command += ["--total-timesteps", str(args.total_timesteps), "--sources", *args.sources]
     command += [] if args.sources else FROM_SCRATCH.split()
-    # a session of its own: Ctrl-C reaches this script, which then stops its runs
-    process, tested_at = subprocess.Popen(command, start_new_session=True), 0
+    process = subprocess.Popen(command)
+    tested_at = 0
     try:
         while True:
             ended = process.poll() is not None  # asked before its last rows are read
@@ -145,7 +147,8 @@ def clone_controller(
     observations, actions = [], []
     with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 0))) as env:
         for _ in range(episodes):
-            (obs, _), done = env.reset(), False
+            obs, _ = env.reset()
+            done = False
             while not done:
                 action = controller(obs.astype(np.float64)).clip(-1, 1)
                 observations.append(obs)
@@ -175,7 +178,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    waiting, running = [], []
+    waiting, running, failed = [], [], False
     for env_id in args.env_ids:
         path = args.output_dir / f"{env_id}.pt"
         if path.exists():
@@ -189,11 +192,20 @@ def main() -> None:
         while waiting or running:
             while waiting and len(running) < args.workers:
                 running.append(waiting.pop(0))
-            running = [task for task in running if next(task, "done") != "done"]
+            for task in list(running):
+                try:
+                    if next(task, "done") == "done":
+                        running.remove(task)
+                except cup.UserError as error:  # the other tasks go on
+                    print(f"train_sources.py: {error}", file=sys.stderr)
+                    running.remove(task)
+                    failed = True
             time.sleep(1)
     finally:
         for task in running:
             task.close()
+    if failed:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

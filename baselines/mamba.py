@@ -30,8 +30,8 @@ Adapted to the SAC of cup.py:
   without entropy bonus.
 - Until every source has finished a roll-out there is no f, and lambda is 1.
 - All transitions are replayed, the roll-outs' too; MAMBA is on policy and learns from its own.
-- Roll-outs count as environment steps. `train/return` is the mean over all episodes,
-  `train/learner_return` that over the last 20 in which no source acted.
+- Roll-outs count as environment steps. `train/return` and `train/success_rate` are means over the
+  last 20 episodes, the roll-outs too; `train/learner_return` over the last 20 without a source.
 """
 
 import math
@@ -92,7 +92,7 @@ class Mamba(cup.Agent):
         # roll-outs are decided by a generator of their own: without them, lambda = 1 is SAC bit
         # for bit
         self.generator = torch.Generator().manual_seed(cup.derive_seed(args.seed, 4))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([0] if args.cuda else []):
             torch.manual_seed(cup.derive_seed(args.seed, 5))
             networks = [cup.mlp(obs_dim, *args.hidden_sizes, 1) for _ in sources]
         # V^k(s): obs (..., obs_dim) -> (..., 1)
@@ -210,7 +210,8 @@ class Mamba(cup.Agent):
     @torch.no_grad()
     def td_target(self, batch: cup.Batch, alpha: Tensor) -> Tensor:
         """r + gamma (1 - d) [(1 - lambda) f(s') + lambda (soft value of s')], (batch,)."""
-        target, lam = super().td_target(batch, alpha), self.args.gae_lambda
+        lam = self.args.gae_lambda
+        target = super().td_target(batch, alpha)
         if not all(visits.size for visits in self.visits):
             return target
         values = torch.cat([value(batch.next_obs) for value in self.values], dim=1)  # (batch, K)

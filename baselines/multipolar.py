@@ -23,9 +23,9 @@ Adapted to the SAC of cup.py:
   before the tanh, clipped as in CUP, so that a source is exactly representable.
 - F has the soft bound of `cup.Actor`; the sum has none.
 
-The actor is evaluated at s and at s', so an update asks every source twice. The policy is no
-`cup.Actor`: policy.pt holds F and theta, but no sources, and neither --evaluate nor --sources
-takes it.
+The actor is evaluated at s and at s', so an update asks every source twice. Its
+policy.pt is no policy file of cup.py: it holds F and theta, but no sources, and neither --evaluate
+nor --sources takes it.
 """
 
 import sys
@@ -73,7 +73,7 @@ class Multipolar(cup.Agent):
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
         # F starts as SAC's actor with the same seed does, and draws no random numbers for it
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([0] if args.cuda else []):
             actor = Aggregate(obs_dim, action_dim, args.hidden_sizes, sources).to(device)
         actor.load_state_dict(actor.state_dict() | self.actor.state_dict())
         self.actor = actor

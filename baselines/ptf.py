@@ -103,8 +103,17 @@ def termination_advantage(next_value: Tensor, xi: float | None) -> Tensor:
     return next_value - best[:, :1] + margin
 
 
-# what `cup.Batch` has, and the option (batch,) that was active, as a float; -1 for none
-OptionBatch = NamedTuple("OptionBatch", [*cup.Batch.__annotations__.items(), ("option", Tensor)])
+class OptionBatch(NamedTuple):
+    """A `cup.Batch`, and the option that was active."""
+
+    obs: Tensor
+    next_obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    source_mean: Tensor
+    source_log_std: Tensor
+    option: Tensor  # (batch,), its index as a float; -1 for none
 
 
 class PTF(cup.Agent):
@@ -112,7 +121,8 @@ class PTF(cup.Agent):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__(args, obs_dim, action_dim, sources, device)
-        with torch.random.fork_rng():  # SAC's random numbers stay what they are without options
+        # SAC's random numbers stay what they are without options
+        with torch.random.fork_rng([0] if args.cuda else []):
             torch.manual_seed(cup.derive_seed(args.seed, 4))
             self.options = OptionNetwork(obs_dim, len(sources), args.hidden_sizes).to(device)
         self.target_options = copy.deepcopy(self.options).requires_grad_(False)

@@ -165,21 +165,22 @@ def play(run_dir: Path, samples: int, path: Path) -> None:
 
 
 def main() -> None:
-    args, rows = tyro.cli(Args, description=__doc__), []
+    args = tyro.cli(Args, description=__doc__)
     try:
+        if not args.run_dirs:
+            raise cup.UserError("name a run directory, such as runs/push-wall-v2__cup__1")
         if args.figure4:
             return play(args.run_dirs[0], args.fresh_samples, args.out / "figure4.csv")
         for run_dir in args.run_dirs:
             agent, checkpoint = load_agent(run_dir)
             row = {name: (checkpoint["args"] | checkpoint)[name] for name in RUN}
             found = look(agent, args.states, args.fresh_samples)
-            rows.append(row | {name: f"{value:.3g}" for name, value in found.items()})
+            row |= {name: f"{value:.3g}" for name, value in found.items()}
+            print(", ".join(f"{name} {value}" for name, value in row.items()))
+            update_csv(args.out / "diagnosis.csv", RUN + FOUND, len(RUN), [row])
     except cup.UserError as error:
         print(f"diagnose.py: {error}", file=sys.stderr)
         sys.exit(2)
-    for row in rows:
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
-    update_csv(args.out / "diagnosis.csv", RUN + FOUND, len(RUN), rows)
 
 
 if __name__ == "__main__":

@@ -243,7 +243,8 @@ def figure3(rows, tasks: tuple[str, ...], path: Path) -> None:
         ends = {seed: max(curve)[0] for seed, curve in points.get("target", {}).items()}
         end = min(STEPS, median_high(ends.values())) if ends else 0
         start, _ = min(map(min, points.get("target", {}).values()), default=(0, 0))
-        grid, whole = np.linspace(start, end, 100), [seed for seed in ends if ends[seed] >= end]
+        grid = np.linspace(start, end, 100)
+        whole = [seed for seed in ends if ends[seed] >= end]
         for name in sorted(points, key=lambda name: ([*CANDIDATES, name].index(name), name)):
             curves = [np.array(sorted(c)).T for seed, c in points[name].items() if seed in whole]
             known = [curve[:, np.isfinite(curve[1])] for curve in curves]

@@ -25,7 +25,7 @@ import tempfile
 import time
 import timeit
 from collections import defaultdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
@@ -184,14 +184,19 @@ def main() -> None:
         info = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     about = {"run": time.strftime("%Y-%m-%d %H:%M"), "machine": f"{info}, {NUM_CORES} cores"}
     packages = ["torch", *(package for name, package in PACKAGES.items() if name in args.what)]
-    about["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
+    try:
+        about["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
+    except PackageNotFoundError as error:
+        sys.exit(f"speed.py: {error}: pip install -r benchmark/requirements.txt, or choose --what")
     about |= {"threads": args.threads, "steps": args.steps}
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     for repeat in range(1, args.repeats + 1):
         for what in args.what:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", what]
             row = about | {"what": what, "repeat": repeat, "load": f"{os.getloadavg()[0]:.1f}"}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode != 0:
+                sys.exit(done.returncode)  # the child has said why
             row["value"] = f"{float(done.stdout.split()[-1]):.4g}"
             row["unit"] = "ms" if what.startswith(("update", "products")) else "steps/s"
             update_csv(args.out / "speed.csv", COLUMNS, len(COLUMNS), [row])

@@ -39,7 +39,8 @@ def parts_of_a_step(args: Args, num_sources: int, compiled: bool) -> dict[str, f
     """Mean ms of each part."""
     envs = cup.make_envs(args.env_id, 1, 1)
     agent = make_agent(num_sources, compile=compiled)
-    obs, seconds = torch.as_tensor(envs.reset()[0]), Counter()
+    obs = torch.as_tensor(envs.reset()[0])
+    seconds = Counter()
     for step in range(100 + args.steps):
         if step == 100:
             seconds.clear()

@@ -109,9 +109,10 @@ def run_here(args: Args, todo: list[tuple[Path, list[str]]]) -> int:
             print(run_dir.name, "started" if process else "has a process already", flush=True)
         time.sleep(0.2)
         for run_dir in [name for name, process in active.items() if process.poll() is not None]:
-            failed |= active.pop(run_dir).returncode != 0
+            step = last_step(run_dir)
+            failed |= active.pop(run_dir).returncode != 0 or step < args.total_timesteps
             said = (run_dir / "log.txt").read_text().strip().split("\n")[-1]
-            print(f"{run_dir.name} ended at step {last_step(run_dir):,}: {said}", flush=True)
+            print(f"{run_dir}/log.txt ended at step {step:,}: {said}", flush=True)
     for process in active.values():  # once: a second signal would not let them save
         process.terminate()
     for process in active.values():
@@ -137,6 +138,7 @@ def submit(args: Args, todo: list[tuple[Path, list[str]]]) -> None:
 
 def update_csv(path: Path, columns: list[str], num_keys: int, rows: list[dict]) -> None:
     """Write rows, sorted, and keep those of `path` that differ in the first `num_keys` columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / "lock.tmp", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another study may collect at the same time
         new = [[str(row.get(column, "")) for column in columns] for row in rows]
@@ -185,11 +187,9 @@ def collect(args: Args) -> None:
             (tuning if tag else curves).append(about | {"step": row["step"]} | scores)
         selections += selection(about, rows) if method == "cup" and not tag else []
     run, shares = ["env_id", "method", "seed"], ["env_id", "seed", "step", "candidate", *SELECTION]
-    args.out.mkdir(parents=True, exist_ok=True)
     update_csv(args.out / "transfer.csv", [*run, "step", *SCORES], 3, curves)
     update_csv(args.out / "selection.csv", shares, 2, selections)
-    if tuning:
-        update_csv(args.out / "tuning.csv", ["tag", *run, *TUNED, "step", *TUNING], 4, tuning)
+    update_csv(args.out / "tuning.csv", ["tag", *run, *TUNED, "step", *TUNING], 4, tuning)
     print(f"{len(curves) + len(tuning)} evaluations collected into {args.out}")
 
 

@@ -14,12 +14,12 @@ from gymnasium.spaces import Box, Dict
 class Walk(gym.Env):
     """A walk that goes well. `changes` take the place of what stands here.
 
-    `fault` says where it fails, after `fault_at` steps in all, or that it observes NaN.
+    `fault` names where it fails, after `fault_at` steps in all, or says that it observes NaN.
     """
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
     action_space = Box(-2, 2, (1,), np.float32)
-    reward, length, fault, fault_at = 1.0, np.inf, None, 0
+    reward, length, fault, fault_at = 1.0, np.inf, "", 0
     lifetime = closed = 0  # steps of this one; how many were closed
 
     def __init__(self, **changes):
@@ -27,7 +27,7 @@ class Walk(gym.Env):
         self.fail_in("making")
 
     def fail_in(self, place):
-        if self.fault == place and self.lifetime >= self.fault_at:
+        if place in self.fault.split() and self.lifetime >= self.fault_at:
             raise RuntimeError(f"it fails in {place}")
 
     def reset(self, *, seed=None, options=None):
@@ -47,6 +47,7 @@ class Walk(gym.Env):
 
     def close(self):
         Walk.closed += 1
+        self.fail_in("close")
 
     def observe(self):
         is_wrong = self.fault == "NaN" and self.lifetime >= self.fault_at
@@ -104,6 +105,7 @@ for name, changes in {
     "CannotBeMade": {"fault": "making"},
     "RaisesAtReset": {"fault": "reset", "fault_at": 1},  # the first is the beginning of the run
     "Raises": {"fault": "step", "fault_at": 30},
+    "Dies": {"fault": "step close", "fault_at": 30},
     # in the evaluation, an episode of 40 steps, before the training gets there
     "RaisesLate": {"fault": "step", "fault_at": 39},
     "NotANumber": {"fault": "NaN", "fault_at": 30},

@@ -232,3 +232,6 @@ def test_what_diagnose_cannot_look_into_is_a_sentence(tmp_path, call, capsys):
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "no checkpoint of a CUP run" in line
+    with pytest.raises(SystemExit):
+        call(diagnose, "--figure4")
+    assert "name a run directory" in capsys.readouterr().err

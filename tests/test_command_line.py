@@ -198,8 +198,14 @@ def test_evaluate_without_success_in_plain_ascii(pendulum):
     typed = ["--evaluate", pendulum[0] / "policy.pt", "--eval-episodes", 2]
     result = run_cup(*typed, environment=ascii_only)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "return -" in result.stdout
     assert "success" not in result.stdout
+    mean, half_width = re.search(r"mean action: return (\S+) \+- (\S+)\n", result.stdout).groups()
+    env = cup.make_env("Pendulum-v1", cup.derive_seed(1, 2, 0))
+    one, other = cup.evaluate(cup.load_policy(pendulum[0] / "policy.pt"), env, 2)[0]
+    assert float(mean) == pytest.approx((one + other) / 2, abs=0.1)
+    # Student's t with one degree of freedom is Cauchy's distribution, its quantile a tangent
+    t = math.tan(math.pi * (0.975 - 0.5))
+    assert float(half_width) == pytest.approx(t * abs(one - other) / 2, abs=0.1)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -30,8 +30,11 @@ def test_a_signal_stops_the_run_and_resume_equals_no_stop(pendulum, tmp_path, nu
     result = finish(process)
     assert (result.returncode, result.stderr) == (0, "")
     assert re.search(r"stopped at step \S+: the same command with --resume goes on", result.stdout)
+    checkpoint = checkpoint_of(tmp_path / "run")
     succeed(*PENDULUM, "--run-dir", tmp_path / "run")
     assert same_result(pendulum[0], tmp_path / "run")
+    next_row = checkpoint_of(tmp_path / "run")["rows"][len(checkpoint["rows"])]
+    assert next_row["time/seconds"] > checkpoint["seconds"]  # also the clock goes on
 
 
 def test_killed_before_its_first_checkpoint(pendulum, tmp_path):
@@ -64,7 +67,7 @@ def test_metaworld_resumes_in_the_middle_of_an_episode(tmp_path):
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(pendulum, tmp_path):
-    """Also in another place, and without the GPU that it began with."""
+    """Also without the GPU that it began with."""
     run_dir = tmp_path / "copy"
     shutil.copytree(pendulum[0], run_dir)
     before = metrics(run_dir)
@@ -79,6 +82,41 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(pendulum, tmp_path):
     assert metrics(run_dir)[:50] == before
     assert steps(run_dir) == list(range(20, 1041, 20))
     assert "finished 1,040 steps" in result.stdout
+
+
+def test_a_run_may_move_with_its_sources(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "sources").mkdir(parents=True)
+    for name in ("expert.pt", "novice.pt"):
+        cup.save(cup.policy_content(cup.Actor(3, 1, [8])), here / "sources" / name)
+
+    def arguments(folder, total):
+        pendulum = [*SMALL, "--env-id", "Pendulum-v1", "--eval-interval", 40, "--resume"]
+        pendulum += ["--total-timesteps", total, "--run-dir", folder / "run"]
+        return [*pendulum, "--sources", folder / "sources" / "expert.pt"]
+
+    succeed(*arguments(here, 40))
+    here.rename(there)
+    succeed(*arguments(there, 60))
+    assert steps(there / "run") == [20, 40, 60]
+    result = call_cup(*arguments(there, 80)[:-1], there / "sources" / "novice.pt")
+    assert one_sentence(result, "was started with sources", "expert.pt"), result.stderr
+
+
+def test_what_a_broken_pipe_interrupts_is_there_after_resuming(tmp_path, monkeypatch):
+    """As in `python cup.py ... | head`: the last line of progress cannot be printed."""
+
+    def print_until_60(text, *more, **options):
+        if text.startswith("60 steps"):
+            raise BrokenPipeError("the reader is gone")
+
+    run = [*WALK, "faulty_envs:Walk-v0", "--run-dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cup, "print", print_until_60, raising=False)
+        assert call_cup(*run).returncode == 2
+    assert "finished" in succeed(*run).stdout
+    assert steps(tmp_path / "run") == [20, 40, 60]
+    assert torch.load(tmp_path / "run" / "policy.pt")["step"] == 60
 
 
 # ---- full disk, lost disk ------------------------------------------------------------------------
@@ -112,7 +150,7 @@ def test_run_directory_removed(tmp_path):
         ("RaisesLate", 40, "it fails in step"),  # in the evaluation
         ("RaisesAtReset", 78, "it fails in reset"),
         ("NotANumber", 58, "NaN or infinity"),
-        ("Huge", 20, r"loss/critic is (inf|nan) at step 40"),
+        ("Huge", 20, r"loss/critic is (inf|nan) at step"),
     ],
 )
 def test_after_a_fault_there_is_a_checkpoint_of_before(tmp_path, monkeypatch, kind, step, words):
@@ -132,6 +170,13 @@ def test_after_a_fault_there_is_a_checkpoint_of_before(tmp_path, monkeypatch, ki
     assert all(torch.isfinite(w).all() for k, w in checkpoint["agent"].items() if "actor" in k)
     assert not (tmp_path / "run" / "policy.pt").exists()  # nor was a good one replaced
     assert faulty_envs.Walk.closed == 3  # two to train in, one to evaluate in
+
+
+def test_a_simulator_that_dies_and_cannot_be_closed_either(tmp_path):
+    walk = [*WALK, "faulty_envs:Dies-v0", "--run-dir", tmp_path / "run"]
+    with pytest.raises(RuntimeError, match="it fails in close"):
+        call_cup(*walk, "--eval-interval", 1000, "--checkpoint-interval", 1000)
+    assert checkpoint_of(tmp_path / "run")["step"] == 58
 
 
 # ---- policy files from elsewhere -----------------------------------------------------------------

@@ -92,6 +92,13 @@ def test_an_unknown_task_is_a_sentence(tmp_path, flags):
     assert all("rech-v2" in line for line in result.stderr.splitlines())
 
 
+def test_a_task_that_fails_leaves_the_others_alone(tmp_path):
+    result = finish(start(tmp_path, *SHORT, "--env-ids", "rech-v2", TASK, "--workers", "2"))
+    assert result.returncode == 2
+    assert "train_sources.py: rech-v2 stopped at step 0" in result.stderr
+    assert f"wrote {SOURCE}" in result.stdout
+
+
 # ---- when a policy passes ------------------------------------------------------------------------
 @pytest.fixture
 def run(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Gymnasium-Robotics' Fetch tasks, with one observation space for all, and a push controller.
 
-    PYTHONPATH=benchmark/fetch python cup.py --env-id fetch:PickAndPlace-v0 --sources push.pt
     python benchmark/fetch/fetch.py     # writes runs/fetch/Push-v0.pt, a clone of the controller
+    export PYTHONPATH=benchmark/fetch   # so that cup.py finds this module
+    python cup.py --env-id fetch:PickAndPlace-v0 --sources runs/fetch/Push-v0.pt
 
 An observation has 31 numbers: where the object is (3), the goal (3), the hand (3), the object
 again (3), from the hand to the object (3), the fingers (2), the object's rotation and velocities
