@@ -52,7 +52,7 @@ def number(text: str) -> float:
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """95 % bootstrap interval of the mean over seeds, (seeds, ...) -> (2, ...)."""
+    """95 % bootstrap interval of the mean over seeds (three: the range), (seeds, ...) -> (2, ...)."""
     draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     return np.percentile(values[draws].mean(axis=1), [2.5, 97.5], axis=0)
 
@@ -128,7 +128,7 @@ def cut(curves: dict[str, Seeds]) -> dict[str, Seeds]:
 def figure2(curves: dict[str, dict[str, Seeds]], what: str, path: Path) -> None:
     """Mean over seeds with its interval; a thin line for every seed."""
     scale, column = (100, 1) if what == "success" else (1, 2)
-    title = f"Figure 2: {what} of the mean action, 95 % bootstrap intervals over seeds"
+    title = f"Figure 2: {what} of the mean action; 95 % bootstrap intervals, of 3 seeds their range"
     label = "success, %" if what == "success" else "return of an episode"
     figure, panels = sheet(title, label, TASKS)
     lines = {}
