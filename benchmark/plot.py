@@ -52,7 +52,7 @@ def number(text: str) -> float:
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """95 % bootstrap interval of the mean over seeds (three: the range), (seeds, ...) -> (2, ...)."""
+    """95 % bootstrap interval of the mean over seeds, (seeds, ...) -> (2, ...); of 3, the range."""
     draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     return np.percentile(values[draws].mean(axis=1), [2.5, 97.5], axis=0)
 
