@@ -75,7 +75,7 @@ class Args:
     # cap on the advantage in that weight, as a fraction of |V|, beta_2 in Eq. 12; 0.003 is too
     # little while values are small
     beta2: float = 0.03
-    num_guidance_samples: int = 1  # actions per candidate to estimate its advantage, Eq. 4
+    num_guidance_samples: int = 1  # actions per candidate, Eq. 4, and per state in L_actor, Eq. 3
     # entropy term in the advantage, Eq. 4; the default leaves it out (Appendix B.3), because while
     # alpha is large it would rule out all sources for their low entropy
     soft_advantage: bool = False
@@ -117,16 +117,16 @@ class Args:
 
 # ---- environment ---------------------------------------------------------------------------------
 def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers; other numbers, as many, give an unrelated seed."""
+    """One seed from several numbers. (5,) and (5, 0) give the same one: compare equal lengths."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class SeededEpisodes(gym.Wrapper):
     """An environment as CUP sees it: flat observations, actions in [-1, 1], seeded episodes.
 
-    A resumed run rebuilds an episode from its number, which decides its seed, and its actions: set
-    `start_at` to the two before `reset`. An episode's last `info` holds its `return` and its
-    `success` in any of the steps, NaN where the task has no such thing.
+    To go on inside an episode, set `start_at` to its number and its actions so far, then `reset`:
+    the number decides the seed, and the actions are played again. An episode's last `info` holds
+    its `return`, and its `success` in any of the steps, NaN where the task has no such thing.
     """
 
     def __init__(self, env: gym.Env, seed: int):
@@ -175,7 +175,7 @@ def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
     Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
-    tasks, task = {}, env_id[:-1] + "3"
+    tasks, task = {}, env_id[:-1] + "3"  # Meta-World 3 has v2's tasks, under the name v3
     try:
         if env_id.endswith(("-v2", "-v3")):
             from metaworld import ALL_V3_ENVIRONMENTS as tasks
@@ -198,7 +198,7 @@ def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
 def make_envs(env_id: str, num_envs: int, *seed: int) -> gym.vector.SyncVectorEnv:
     """Environments that step in turn; to reset one whose episode has ended is up to the caller."""
     seeds = [derive_seed(*seed, index) for index in range(num_envs)]
-    make = [lambda seed=seed: make_env(env_id, seed) for seed in seeds]
+    make = [lambda s=s: make_env(env_id, s) for s in seeds]
     return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
@@ -236,8 +236,9 @@ class Actor(nn.Module):
     """Tanh-Gaussian policy: obs (..., obs_dim) -> mean, log_std (..., action_dim).
 
     Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
-    a vanishing standard deviation hardly changes the action, but sends the KL to this policy to
-    infinity once it is somebody's source. tanh(3) is 0.995; a raw output of 0, a log_std of -1.5.
+    a vanishing standard deviation hardly changes the action, but makes the KL to this policy huge
+    once it is a source (`query_sources` bounds it again, and harder: it may come from elsewhere).
+    tanh(3) is 0.995; a raw output of 0 gives a log_std of -1.5.
     """
 
     def __init__(
@@ -306,8 +307,8 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
 def expected_advantage(q: Tensor, log_prob: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     """Soft expected advantage of every candidate over the target policy, Eq. 4.
 
-    q, log_prob: (samples, batch, n + 1), of each candidate's own actions, under the target
-    policy's critic and under the candidate; the n sources first, the target policy last.
+    q, log_prob: (samples, batch, n + 1), of each candidate's own actions: Q by the target policy's
+    critic, log_prob by the candidate itself; the n sources first, the target policy last.
     alpha = 0 gives the hard advantage of Appendix B.3. Returns the advantages (batch, n + 1),
     the target's zero, and the target's soft value V (batch,), Eq. 2.
     """
@@ -321,9 +322,8 @@ def guidance_policy(advantage: Tensor) -> Tensor:
 
     The target policy is candidate n; it wins a tie.
     """
-    target = advantage.shape[1] - 1
-    best, source = advantage[:, :target].max(dim=1)
-    return torch.where(best > advantage[:, target], source, target)
+    best, source = advantage[:, :-1].max(dim=1)
+    return torch.where(best > advantage[:, -1], source, advantage.shape[1] - 1)
 
 
 def guidance_weight(advantage: Tensor, value: Tensor, beta1: float, beta2: float) -> Tensor:
@@ -354,11 +354,11 @@ def guidance_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
-    critic: obs (..., obs_dim), action (..., action_dim) -> Q (...). obs (batch, obs_dim); mean,
-    log_std (batch, action_dim) of the target policy; noise (samples, batch, action_dim) and the q
-    and log_prob (samples, batch) of its actions by that noise; source_mean, source_log_std
-    (batch, n, action_dim). Returns the loss, through mean and log_std, and what was found:
-    advantage (batch, n + 1), guidance (an index), weight and kl (batch,).
+    critic: obs (..., obs_dim), action (..., action_dim) -> Q (...), the smaller twin. q, log_prob
+    (samples, batch) of the target policy's actions by noise (samples, batch, action_dim) and its
+    mean, log_std (batch, action_dim) at obs. source_mean, source_log_std (batch, n, action_dim):
+    bound them as `query_sources` does. alpha: 0 for the hard advantage, cup.py's default, or SAC's.
+    Returns the loss, and advantage (batch, n + 1), guidance (an index), weight, kl (batch,).
     """
     with torch.no_grad():
         # the same noise for all candidates, so that only their policies differ
@@ -368,9 +368,9 @@ def guidance_loss(
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        # Eq. 12; the largest of n + 1 noisy advantages: on average it is too large
-        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)
         row = torch.arange(len(obs), device=obs.device)
+        # Eq. 12; of the best of n + 1 noisy advantages: on average it is too large
+        weight = guidance_weight(advantage[row, guidance], value, beta1, beta2)
         guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
         guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
     kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
@@ -453,7 +453,7 @@ class Adam(nn.Module):
         self.exp_avg = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
         self.exp_avg_sq = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
         self.steps = nn.ParameterList(torch.zeros((), device=x.device) for x in self.learnt)
-        self.requires_grad_(False)
+        self.requires_grad_(False)  # the state above; `learnt` is a plain list, and not part of it
 
     def minimize(self, loss: Tensor) -> None:
         """One step of its parameters alone, whatever else the scalar `loss` depends on."""
@@ -485,7 +485,7 @@ class Agent(nn.Module):
         self.critic_optimizer = Adam(self.critic.parameters(), args.q_lr)
         self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
         state, dist = (obs_dim,), (len(sources), action_dim)
-        shapes = Batch(state, state, (action_dim,), (), (), dist, dist)
+        shapes = Batch(state, state, (action_dim,), (), (), dist, dist)  # of one transition
         self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
@@ -495,7 +495,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
-        """Sampled actions (num_envs, action_dim); other methods use the steps since each reset."""
+        """Sampled actions (num_envs, action_dim); baselines/ use the steps since each reset."""
         mean, log_std = self.actor(obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
@@ -538,7 +538,7 @@ class Agent(nn.Module):
         actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
 
-        # ---- guidance: the KL term of L_CUP, Eq. 11, by the critic just updated (Alg. 1: before)
+        # ---- guidance: the KL term of L_CUP, Eq. 11; Alg. 1 chooses pi_g before the critic's step
         if guide:
             entropy_weight = alpha if args.soft_advantage else 0.0
             kl_loss, states = guidance_loss(
@@ -550,11 +550,9 @@ class Agent(nn.Module):
             info["guidance/weight"] = states["weight"].mean()
             info["guidance/kl"] = states["kl"].mean()
             advantages = states["advantage"].mean(dim=0)  # (n + 1,)
-            shares = F.one_hot(states["guidance"], len(advantages)).float().mean(dim=0)
-            candidates = [*self.sources, "target"]
-            for name, share, advantage in zip(candidates, shares, advantages, strict=True):
-                info[f"guidance/selected/{name}"] = share
-                info[f"guidance/advantage/{name}"] = advantage
+            for k, name in enumerate([*self.sources, "target"]):
+                info[f"guidance/selected/{name}"] = (states["guidance"] == k).float().mean()
+                info[f"guidance/advantage/{name}"] = advantages[k]
 
         self.actor_optimizer.minimize(actor_loss)  # through the critic, which stays as it is
 
@@ -779,7 +777,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     recent = checkpoint.get("recent", [])  # return and success of the last training episodes
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
-        torch.manual_seed(derive_seed(args.seed, 6, step))  # on a GPU: other numbers than before
+        torch.manual_seed(derive_seed(args.seed, 6, step))  # for the GPU, whose state isn't saved
         torch.set_rng_state(checkpoint["rng_state"])
         envs.set_attr("start_at", checkpoint["episodes"])
     obs = torch.as_tensor(envs.reset()[0], device=device)
@@ -842,7 +840,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             else:
                 action = agent.act(obs, [len(env.actions) for env in envs.envs])
 
-            # ---- learn
+            # ---- learn, from what is stored so far: this step's transitions come after
             next_step = step + args.num_envs
             if step < args.learning_starts <= next_step:  # once
                 agent.fit_standardization()
