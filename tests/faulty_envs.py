@@ -110,6 +110,7 @@ for name, changes in {
     "RaisesLate": {"fault": "step", "fault_at": 39},
     "NotANumber": {"fault": "NaN", "fault_at": 30},
     "NotANumberAtOnce": {"fault": "NaN"},
+    "NoReward": {"reward": np.nan},
     "Huge": {"reward": 1e30},  # its square overflows a 32-bit float
     "Grid": {"observation_space": Box(-np.inf, np.inf, (2, 3), np.float32)},
     "Column": {"action_space": Box(-1, 1, (3, 1), np.float32)},

@@ -68,6 +68,13 @@ def test_outputs_of_a_run(pendulum):
     policy = torch.load(run_dir / "policy.pt", weights_only=True)
     assert (policy["env_id"], policy["step"]) == ("Pendulum-v1", 1000)
     assert str(policy["return"]) == rows[-1]["eval/return"]
+    env = cup.make_env("Pendulum-v1", cup.derive_seed(1, 1, 0))  # the evaluation's stream of seed 1
+    returns, _ = cup.evaluate(cup.load_policy(run_dir / "policy.pt"), env, 2, first_episode=1000)
+    assert policy["return"] == pytest.approx(returns.mean())
+    checkpoint = checkpoint_of(run_dir)["agent"]
+    first_states = checkpoint["buffer._extra_state"]["columns"][0][:2]
+    assert (first_states.numpy() == cup.make_envs("Pendulum-v1", 2, 1, 0).reset()[0]).all()
+    assert checkpoint["critic_optimizer.steps.0"] == (1000 - 20) / 4  # updates, --utd-ratio 0.25
     mean, log_std = cup.load_policy(run_dir / "policy.pt")(torch.randn(5, 3))
     assert mean.shape == log_std.shape == (5, 1)
 
@@ -108,9 +115,11 @@ def test_sources_have_names_of_their_own(tmp_path):
         actors.append(cup.Actor(3, 1, [4]))
         cup.save(cup.policy_content(actors[-1]), tmp_path / path)
     files = tuple(str(tmp_path / path) for path in paths)
-    sources = cup.load_sources(cup.Args("x", sources=files, num_random_sources=1), 3, 1)
+    sources = cup.load_sources(cup.Args("x", sources=files, num_random_sources=2), 3, 1)
     names = ["x-3", "x", "x-2", "target-2", "random-1-2", "a", "b"]
-    assert sources.keys() == {*names, "random-1"}
+    assert sources.keys() == {*names, "random-1", "random-2"}
+    random = [sources[f"random-{k}"].net[0].weight for k in (1, 2)]
+    assert not torch.equal(*random)
     for actor, name in zip(actors, names):
         assert torch.equal(actor(torch.ones(3))[0], sources[name](torch.ones(3))[0])
 
@@ -118,8 +127,10 @@ def test_sources_have_names_of_their_own(tmp_path):
 def test_an_environment_without_a_time_limit_is_worth_a_warning(tmp_path, monkeypatch):
     """And the default run directory of a module's environment is a name for every system."""
     monkeypatch.chdir(tmp_path)
-    result = succeed("--env-id", "faulty_envs:Unlimited-v0", "--sources", *SHORT)
+    typed = ["--env-id", "faulty_envs:Unlimited-v0", "--sources", *SHORT, "--num-envs", 3]
+    result = succeed(*typed)
     (run_dir,) = (tmp_path / "runs").iterdir()
+    assert steps(run_dir) == [21, 42, 60]  # the first steps after multiples of 20
     assert re.fullmatch(r"[\w.-]+Unlimited-v0__sac__1", run_dir.name)
     assert re.fullmatch(r"[^\n]*no time limit[^\n]*TimeLimit[^\n]*\n", result.stderr)
 
@@ -224,10 +235,8 @@ BAD_INPUT = {
     f"{FAULTY}NotANumberAtOnce-v0 --sources": ["NaN or infinity", "episode 0"],
     f"{PEG} nowhere.pt": ["no policy file nowhere.pt"],
     f"{PEG} text.pt": ["text.pt is not a policy file"],
-    f"{PEG} truncated.pt": ["truncated.pt is not a policy file"],
     f"{PEG} finished/checkpoint.pt": ["checkpoint.pt is not a policy file"],
     f"{PEG} pendulum.pt": ["pendulum.pt", "(3, 1)", "(39, 4)"],
-    "--evaluate nowhere.pt": ["no policy file nowhere.pt"],
     "--evaluate pendulum.pt --env-id reach-v2": ["(3, 1)", "reach-v2", "(39, 4)"],
     f"{PEG} --run-dir finished": ["finished exists", "--resume"],
     f"{PEG} --run-dir text.pt/run": ["text.pt/run"],
@@ -252,7 +261,6 @@ def bad_files(pendulum, tmp_path_factory):
     directory = tmp_path_factory.mktemp("bad-input")
     policy = (pendulum[0] / "policy.pt").read_bytes()
     (directory / "pendulum.pt").write_bytes(policy)
-    (directory / "truncated.pt").write_bytes(policy[: len(policy) // 2])
     (directory / "text.pt").write_text("these are not weights\n")
     shutil.copytree(pendulum[0], directory / "finished")
     (directory / "broken").mkdir()

@@ -23,6 +23,7 @@ def test_the_compiled_update_is_the_eager_one_over_fifty_updates():
         settings = {"hidden_sizes": (16, 16), "buffer_size": 500, "cuda": False}
         args = cup.Args("x", sources=(), num_random_sources=2, compile=compiled, **settings)
         agent = cup.Agent(args, OBS_DIM, ACTION_DIM, cup.load_sources(args, OBS_DIM, ACTION_DIM))
+        assert ("update" in vars(agent)) == compiled  # it takes the place of the method
         agent.buffer.add(random_batch(500, OBS_DIM, ACTION_DIM, num_sources=2))
         rows.append([agent.update(agent.buffer.sample(64)) for _ in range(50)])
         networks.append({k: x for k, x in agent.state_dict().items() if torch.is_tensor(x)})

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from program import SMALL, checkpoint_of, succeed, weights
+from program import SMALL, checkpoint_of, metrics, succeed, weights
 
 import cup
 
@@ -155,6 +155,8 @@ def test_success_is_any_step_and_nan_where_the_task_has_none(kind, success):
         *_, truncated, info = env.step(action)
     assert truncated
     assert info == {"return": 40.0, "success": pytest.approx(success, nan_ok=True)}
+    env.reset()
+    assert np.isnan(env.success)  # of this episode nothing is known
 
 
 def test_what_the_random_steps_do_not_show_is_seen_later_and_ignored_if_never(tmp_path):
@@ -169,31 +171,40 @@ def test_what_the_random_steps_do_not_show_is_seen_later_and_ignored_if_never(tm
         agent = checkpoint_of(run_dir)["agent"]
         for network in ("actor", "critic", "target_critic"):
             assert agent[f"{network}.standardize.scale"][2:].tolist() == [1, 1]
+            assert (agent[f"{network}.standardize.scale"][:2] < 1).all()  # they vary by more
 
 
 def transitions(tmp_path, env_id):
-    """States, next states, terminations (step, environment, ...) of 2 x 300 random steps in a run,
-    and where the next transition does not go on from there, as a new episode began.
+    """The transitions (step, environment, ...) of 2 x 300 random steps in a run, and where the next
+    one does not go on from there, as a new episode began.
     """
     typed = ["--env-id", env_id, "--sources", *SMALL, "--run-dir", tmp_path / "run"]
     succeed(*typed, "--total-timesteps", 602, "--learning-starts", 600)
     columns = checkpoint_of(tmp_path / "run")["agent"]["buffer._extra_state"]["columns"]
-    obs, next_obs, _, _, terminated, *_ = (column.unflatten(0, (301, 2)) for column in columns)
-    return obs, next_obs, terminated, (next_obs[:-1] != obs[1:]).any(dim=2)
+    batch = cup.Batch(*(column.unflatten(0, (301, 2)) for column in columns))
+    return batch, (batch.next_obs[:-1] != batch.obs[1:]).any(dim=2)
 
 
 def test_terminations_are_honoured(tmp_path):
-    _, next_obs, terminated, restarts = transitions(tmp_path, "InvertedPendulum-v5")
-    fallen = next_obs[:, :, 1].abs() > 0.2  # the task's own criterion, on the last state
-    assert fallen.sum() > 10
-    assert ((terminated == 1) == fallen).all()
+    batch, restarts = transitions(tmp_path, "InvertedPendulum-v5")
+    fallen = batch.next_obs[:, :, 1].abs() > 0.2  # the task's own criterion, on the last state
+    assert fallen.sum() > 20
+    assert ((batch.terminated == 1) == fallen).all()
     assert (restarts == fallen[:-1]).all()
+    returns, total = [], torch.zeros(2)
+    for reward, ends in zip(batch.reward, fallen, strict=True):
+        total += reward
+        returns += total[ends].tolist()
+        total[ends] = 0
+    logged = float(metrics(tmp_path / "run")[-1]["train/return"])
+    assert logged == pytest.approx(np.mean(returns[-20:]))
 
 
 def test_time_limits_are_no_terminations(tmp_path):
-    obs, next_obs, terminated, restarts = transitions(tmp_path, "Pendulum-v1")
-    assert not terminated.any()
+    batch, restarts = transitions(tmp_path, "Pendulum-v1")
+    assert not batch.terminated.any()
     assert restarts.nonzero().tolist() == [[199, 0], [199, 1]]
     # the transition leads to the state the episode stopped in: half a turn at most away
-    moved = (next_obs - obs)[199, :, :2].norm(dim=1)
+    moved = (batch.next_obs - batch.obs)[199, :, :2].norm(dim=1)
     assert (moved <= 8 * 0.05 + 1e-4).all()  # maximal speed times the time step
+    assert batch.action.min() < -0.9 and batch.action.max() > 0.9  # random: of the whole range

@@ -150,6 +150,7 @@ def test_run_directory_removed(tmp_path):
         ("RaisesLate", 40, "it fails in step"),  # in the evaluation
         ("RaisesAtReset", 78, "it fails in reset"),
         ("NotANumber", 58, "NaN or infinity"),
+        ("NoReward", 0, "NaN or infinity"),
         ("Huge", 20, r"loss/critic is (inf|nan) at step"),
     ],
 )
@@ -217,6 +218,15 @@ def test_what_is_missing_or_not_finite_is_named(path, name):
         torch.save(content, path)
         with pytest.raises(cup.UserError, match="finite"):
             cup.load_policy(path)
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(path):
+    data = bytearray(path.read_bytes())
+    weight = content_of(path)["weights"]["net.0.weight"].numpy().tobytes()
+    data[data.find(weight)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(cup.UserError, match="is damaged"):
+        cup.load_policy(path)
 
 
 @pytest.mark.parametrize("env_id", [5, ["reach-v2"], "os:Robot-v0"])

@@ -1,7 +1,5 @@
 """PTF: the equations of its options, what is SAC and what is not, and two small tasks."""
 
-import itertools
-
 import pytest
 import torch
 from by_hand import copies, random_batch, same
@@ -47,31 +45,6 @@ def set_termination(agent: ptf.PTF, logit: float) -> None:
 
 
 # ---- the options ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("termination", [0.0, 1.0])
-def test_option_values_in_a_table(termination: float):
-    """4 states and 2 options: those that never end have the value of their policy, (1 - gamma
-    P_o)^-1 r_o; those that end at once Q-learning's, here from all 16 policies over options.
-    """
-    torch.manual_seed(0)
-    reward, follow = torch.randn(4, 2), torch.randint(4, (4, 2))  # of every option
-    value, beta = torch.zeros(4, 2), torch.full((8, 2), termination)
-    for _ in range(400):
-        following = value[follow].view(8, 2)
-        target = ptf.option_target(
-            reward.flatten(), torch.zeros(8), following, following, beta, GAMMA
-        )
-        value = target.view(4, 2, 2).diagonal(dim1=1, dim2=2)
-
-    values, state = {}, torch.arange(4)
-    for choice in itertools.product((0, 1), repeat=4):
-        matrix = torch.eye(4) - GAMMA * torch.eye(4)[follow[state, choice]]
-        values[choice] = torch.linalg.solve(matrix, reward[state, choice])
-    alone = torch.stack([values[0, 0, 0, 0], values[1, 1, 1, 1]], dim=1)
-    best = torch.stack([*values.values()]).amax(dim=0)
-    expected = reward + GAMMA * best[follow] if termination else alone
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("termination", [0.0, 0.3, 1.0])
 def test_target_of_the_option_values(termination: float):
     """Against a plain loop: the online network chooses, the target network scores."""
@@ -176,13 +149,18 @@ def test_without_imitation_it_is_sac_bit_for_bit(c: float, guidance_starts: int,
     assert not any(map(torch.equal, before, agent.options.parameters()))  # they learn anyway
 
 
-def test_the_imitation_is_the_weighted_kl_from_the_best_option():
+def test_the_losses():
     """c f(t) (1 - beta_o(s)) KL(pi_o || pi), o the option of the largest value at s."""
     agent = make_agent(c=2.0, mu=1e-2)
     agent.episodes += 250  # f = (1 + tanh(0.5)) / 2
-    batch = make_batch(agent)
+    batch = make_batch(agent, active=1)
     with torch.no_grad():
+        for p in agent.target_options.parameters():
+            p += 0.1
+        slow = copies(agent.target_options)
         value, beta = agent.options(batch.obs)
+        next_value, next_beta = agent.options(batch.next_obs)
+        next_slow_value, _ = agent.target_options(batch.next_obs)
         mean, log_std = agent.actor(batch.obs)
     loss = 0.0
     for i in range(BATCH):
@@ -193,6 +171,19 @@ def test_the_imitation_is_the_weighted_kl_from_the_best_option():
         loss += 2.0 * 0.7310586 * (1 - beta[i, best]) * kl / BATCH
     info = agent.update(batch)
     torch.testing.assert_close(info["loss/kl"], loss)
+
+    # of the options: those that match or are active have values, the active ones may end
+    gamma = agent.args.gamma
+    y = ptf.option_target(
+        batch.reward, batch.terminated, next_value, next_slow_value, next_beta, gamma
+    )
+    learns = ptf.is_compatible(batch.action, batch.source_mean, batch.source_log_std)
+    learns[:, 1] = True
+    advantage = ptf.termination_advantage(next_value, None)
+    ending = (1 - batch.terminated) * next_beta[:, 1] * advantage[:, 1]
+    torch.testing.assert_close(info["loss/option"], (learns * (value - y) ** 2).sum() / BATCH)
+    torch.testing.assert_close(info["loss/termination"], ending.mean())
+    assert not same(slow, agent.target_options)
     names = "loss/critic loss/actor loss/kl loss/option loss/termination alpha entropy "
     names = {*(names + "guidance/weight guidance/kl option/termination").split()}
     for k in range(3):
@@ -217,7 +208,7 @@ def test_the_policy_does_not_teach_the_options():
 def test_options_learn_which_source_is_good():
     """On a line with its goal in the middle, from random actions: one source goes home, one away.
 
-    With one dimension many actions are compatible. The one worth more lasts longer, too.
+    With one dimension many actions are compatible.
     """
 
     def going(slope: float):
