@@ -23,9 +23,9 @@ Adapted to the SAC of cup.py:
   before the tanh, clipped as in CUP, so that a source is exactly representable.
 - F has the soft bound of `cup.Actor`; the sum has none.
 
-The actor is evaluated at s and at s', so an update asks every source twice. Its
-policy.pt is no policy file of cup.py: it holds F and theta, but no sources, and neither --evaluate
-nor --sources takes it.
+The actor is evaluated at s and at s', so an update asks every source twice. Its policy.pt
+is no policy file of cup.py: it holds F and theta, but no sources, and neither --evaluate nor
+--sources takes it.
 """
 
 import sys
