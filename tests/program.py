@@ -98,8 +98,8 @@ def one_sentence(result: subprocess.CompletedProcess, *patterns: str) -> bool:
 
 def metrics(run_dir: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, without what the clock wrote into them."""
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = (run_dir / "metrics.csv").read_text()  # at once: the run may be writing it anew
+    rows = list(csv.DictReader(text.splitlines()))
     return [{k: row[k] for k in row if k is None or "time/" not in k} for row in rows]
 
 
