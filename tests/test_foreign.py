@@ -42,7 +42,8 @@ def convert(first_line: str, written: str) -> cup.Actor:
 def test_a_stable_baselines3_policy_becomes_a_source(tmp_path, monkeypatch):
     sb3 = pytest.importorskip("stable_baselines3")
     monkeypatch.chdir(tmp_path)
-    model = sb3.SAC("MlpPolicy", "Pendulum-v1", learning_starts=50, batch_size=32, seed=1)
+    options = {"learning_starts": 50, "batch_size": 32, "seed": 1, "device": "cpu"}
+    model = sb3.SAC("MlpPolicy", "Pendulum-v1", **options)
     model.learn(100)
     with torch.no_grad():  # as far out as the head of a trained policy
         model.actor.mu.weight.mul_(20)
