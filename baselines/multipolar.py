@@ -72,7 +72,7 @@ class Multipolar(cup.Agent):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
-        # F starts as SAC's actor with the same seed does, and draws no random numbers for it
+        # F starts as SAC's actor of the same seed, and draws no random numbers
         with torch.random.fork_rng([0] if args.cuda else []):
             actor = Aggregate(obs_dim, action_dim, args.hidden_sizes, sources).to(device)
         actor.load_state_dict(actor.state_dict() | self.actor.state_dict())

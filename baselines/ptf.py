@@ -13,14 +13,13 @@ the KL from the source, with f falling over the episodes t. Both are slow: after
 1,000 episodes, f is 0.98 and half of the choices are greedy.
 
 Adapted to SAC: the original is on policy (A3C, PPO); SAC learns from replay, where the active
-option is an old choice, so the teacher at a state is the option that is best now. c counts against
+option is an old choice, so the teacher at a state is the option that is best now. c is relative to
 SAC's loss, not PPO's. The value head is linear, where the code's last version has a tanh,
 which these returns would saturate. One optimiser serves both losses of the option network; its
 target network follows slowly, as the critic's does. Sources are bounded as for CUP
 (`cup.query_sources`), for the KL and for the question whether an action is theirs.
 
-It takes cup.py's arguments; of those of the guidance only --guidance-starts means something here:
-the imitation begins. It logs `guidance/weight`, c f (1 - beta), `guidance/kl`, the KL from the
+It takes cup.py's arguments; of the guidance's only --guidance-starts matters: imitation begins. It logs `guidance/weight`, c f (1 - beta), `guidance/kl`, the KL from the
 teacher, `guidance/selected/<source>`, the share of states at which it is the teacher,
 `option/match/<source>`, the share of actions that are compatible with it, and
 `option/termination`, the teacher's beta.

@@ -120,8 +120,11 @@ def cut(curves: dict[str, Seeds]) -> dict[str, Seeds]:
     for method, seeds in curves.items():
         end = min(ends[method], common)
         there = {s: curve[:, curve[0] <= end] for s, curve in seeds.items() if curve[0, -1] >= end}
-        longest = max(curve.shape[1] for curve in there.values())
-        result[method] = {s: curve for s, curve in there.items() if curve.shape[1] == longest}
+        # a run that once ended elsewhere has an evaluation of its own there
+        shared = set.intersection(*(set(curve[0]) for curve in there.values()))
+        result[method] = {
+            s: curve[:, np.isin(curve[0], list(shared))] for s, curve in there.items()
+        }
     return result
 
 

@@ -155,6 +155,21 @@ def test_training_ends_with_a_policy_that_passes_and_not_by_luck(run, monkeypatc
     assert run.asked == [400, 500, 550, 600, 700, 750]  # 50 goals each, no goal twice
 
 
+def test_when_the_target_is_lowered_the_policy_that_passes_is_the_source(run, monkeypatch):
+    """Not the one that failed the old target with a better score in a single test."""
+    python_that_runs("import time; time.sleep(600)", monkeypatch)
+    task = script.train(run.args, "reach-v2")
+    run.evaluated(100, 1.0)
+    next(task)
+    run.evaluated(200, 1.0, 0.89)
+    next(task)
+    run.args.target_success = 0.8
+    run.evaluated(300, 1.0, 0.85, 0.82)
+    assert next(task, "done") == "done"
+    best = cup.load_policy(run.args.output_dir / "reach-v2.pt").about
+    assert (best["step"], best["success_rate"]) == (300, 0.82)
+
+
 def test_a_run_that_somebody_else_stops_is_not_given_up(run, monkeypatch):
     python_that_runs("", monkeypatch).wait()
     run.evaluated(9, 1.0)
@@ -174,6 +189,16 @@ def test_a_controller_becomes_a_source(tmp_path):
     assert actor.about["env_id"] == "drawer-close-v2"
     assert actor.about["step"] == 5 * 500
     assert actor.about["success_rate"] == actor.about["sampled_success_rate"] == 1
+
+
+def test_an_episode_to_imitate_ends_where_the_task_does(tmp_path):
+    """This task has no time limit, and terminates after 5 steps."""
+    args = script.Args(output_dir=tmp_path, test_episodes=1)
+    script.clone_controller(
+        args, "faulty_envs:Unlimited-v0", lambda obs: 0 * obs[:1], episodes=3, updates=1
+    )
+    (written,) = tmp_path.glob("**/*.pt")
+    assert cup.load_policy(written).about["step"] == 3 * 5
     assert actor.about["return"] > 4000
     assert actor.standardize.scale.min() == 0  # observations that drawer-close-v2 leaves empty
     mean, log_std = actor(torch.randn(1000, 39))
