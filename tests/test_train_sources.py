@@ -189,6 +189,12 @@ def test_a_controller_becomes_a_source(tmp_path):
     assert actor.about["env_id"] == "drawer-close-v2"
     assert actor.about["step"] == 5 * 500
     assert actor.about["success_rate"] == actor.about["sampled_success_rate"] == 1
+    assert actor.about["return"] > 4000
+    assert actor.standardize.scale.min() == 0  # observations that drawer-close-v2 leaves empty
+    mean, log_std = actor(torch.randn(1000, 39))
+    assert mean.abs().max() <= 3 and log_std.min() >= -1.5
+    args = cup.Args("push-wall-v2", sources=(str(tmp_path / "drawer-close-v2.pt"),))
+    assert list(cup.load_sources(args, 39, 4)) == ["drawer-close-v2"]
 
 
 def test_an_episode_to_imitate_ends_where_the_task_does(tmp_path):
@@ -199,9 +205,3 @@ def test_an_episode_to_imitate_ends_where_the_task_does(tmp_path):
     )
     (written,) = tmp_path.glob("**/*.pt")
     assert cup.load_policy(written).about["step"] == 3 * 5
-    assert actor.about["return"] > 4000
-    assert actor.standardize.scale.min() == 0  # observations that drawer-close-v2 leaves empty
-    mean, log_std = actor(torch.randn(1000, 39))
-    assert mean.abs().max() <= 3 and log_std.min() >= -1.5
-    args = cup.Args("push-wall-v2", sources=(str(tmp_path / "drawer-close-v2.pt"),))
-    assert list(cup.load_sources(args, 39, 4)) == ["drawer-close-v2"]
