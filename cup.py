@@ -59,7 +59,7 @@ class Args:
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
     batch_size: int = 256  # minibatch size of every gradient update
     learning_starts: int = 5_000  # environment steps with random actions before the first update
-    utd_ratio: float = 0.25  # updates per environment step; one costs as much as 10 to 20 steps
+    utd_ratio: float = 0.25  # updates per environment step; one costs as much as 5 to 20 steps
     gamma: float = 0.99  # discount factor, gamma in Eq. 1
     tau: float = 0.005  # step of the target critic towards the critic, tau in Alg. 1
     policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
@@ -117,7 +117,7 @@ class Args:
 
 # ---- environment ---------------------------------------------------------------------------------
 def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers. (5,) and (5, 0) give the same one: compare equal lengths."""
+    """One seed from several numbers. (5,) and (5, 0) collide: use equal lengths."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -170,25 +170,22 @@ class SeededEpisodes(gym.Wrapper):
 
 
 def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
-    """One environment; same seed, same sequence of episodes. Raises UserError for a wrong id.
+    """One environment; same seed, same sequence of episodes. A wrong id is Gymnasium's Error.
 
     Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
     tasks, task = {}, env_id[:-1] + "3"  # Meta-World 3 has v2's tasks, under the name v3
-    try:
-        if env_id.endswith(("-v2", "-v3")):
-            from metaworld import ALL_V3_ENVIRONMENTS as tasks
-        if task in tasks:
-            env = tasks[task](reward_function_version="v2", **options)
-            env._partially_observable = False  # show the goal in the observation, ...
-            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
-            env._freeze_rand_vec = False  # a new goal for every episode, ...
-            env.seeded_rand_vec = env._set_task_called = True  # ... from env.np_random
-            return SeededEpisodes(env, seed)
+    if env_id.endswith(("-v2", "-v3")):
+        from metaworld import ALL_V3_ENVIRONMENTS as tasks
+    if task in tasks:
+        env = tasks[task](reward_function_version="v2", **options)
+        env._partially_observable = False  # show the goal in the observation, ...
+        del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+        env._freeze_rand_vec = False  # a new goal for every episode, ...
+        env.seeded_rand_vec = env._set_task_called = True  # ... from env.np_random
+    else:
         env = gym.make(env_id, **options)
-    except Exception as error:  # an environment's own code may raise anything
-        raise UserError(f"cannot make {env_id!r}: {error!r}") from error
     space = env.action_space
     if not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UserError(f"{env_id} has actions {space}: CUP needs a Box of bounded, real numbers")
@@ -197,8 +194,7 @@ def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
 
 def make_envs(env_id: str, num_envs: int, *seed: int) -> gym.vector.SyncVectorEnv:
     """Environments that step in turn; to reset one whose episode has ended is up to the caller."""
-    seeds = [derive_seed(*seed, index) for index in range(num_envs)]
-    make = [lambda s=s: make_env(env_id, s) for s in seeds]
+    make = [lambda k=k: make_env(env_id, derive_seed(*seed, k)) for k in range(num_envs)]
     return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
@@ -237,7 +233,7 @@ class Actor(nn.Module):
 
     Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
     a vanishing standard deviation hardly changes the action, but makes the KL to this policy huge
-    once it is a source (`query_sources` bounds it again, and harder: it may come from elsewhere).
+    once it is a source (`query_sources` bounds it harder: it may come from elsewhere).
     tanh(3) is 0.995; a raw output of 0 gives a log_std of -1.5.
     """
 
@@ -354,10 +350,11 @@ def guidance_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
-    critic: obs (..., obs_dim), action (..., action_dim) -> Q (...), the smaller twin. q, log_prob
-    (samples, batch) of the target policy's actions by noise (samples, batch, action_dim) and its
-    mean, log_std (batch, action_dim) at obs. source_mean, source_log_std (batch, n, action_dim):
-    bound them as `query_sources` does. alpha: 0 for the hard advantage, cup.py's default, or SAC's.
+    critic: obs (..., obs_dim), action (..., action_dim) in [-1, 1] -> Q (...), the smaller twin.
+    q, log_prob (samples, batch) of the target policy's actions by noise (samples, batch,
+    action_dim) and its mean, log_std (batch, action_dim) at obs. source_mean, source_log_std
+    (batch, n, action_dim): bound them as `query_sources` does. alpha: 0 for the hard advantage,
+    cup.py's default, or SAC's.
     Returns the loss, and advantage (batch, n + 1), guidance (an index), weight, kl (batch,).
     """
     with torch.no_grad():
@@ -369,7 +366,7 @@ def guidance_loss(
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
         row = torch.arange(len(obs), device=obs.device)
-        # Eq. 12; of the best of n + 1 noisy advantages: on average it is too large
+        # Eq. 12; the best of noisy advantages is too large on average
         weight = guidance_weight(advantage[row, guidance], value, beta1, beta2)
         guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
         guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
@@ -510,7 +507,7 @@ class Agent(nn.Module):
         mean, log_std = self.actor(batch.next_obs)
         action, log_prob = squash(mean, log_std, torch.randn_like(mean))
         next_value = self.target_critic.min_q(batch.next_obs, action) - alpha * log_prob
-        # `terminated`, not `truncated`: after a time limit there would be more to come
+        # `terminated`, not `truncated`: a time limit is not the task's end
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
     def update(self, batch: Batch, guide: bool = True) -> dict[str, Tensor]:
@@ -523,8 +520,7 @@ class Agent(nn.Module):
         alpha = self.log_alpha.detach().exp()
 
         # ---- critic: L_critic, Eq. 3
-        td_target = self.td_target(batch, alpha)
-        td_error = self.critic(batch.obs, batch.action) - td_target  # (2, batch)
+        td_error = self.critic(batch.obs, batch.action) - self.td_target(batch, alpha)  # (2, batch)
         critic_loss = td_error.square().mean(dim=1).sum()
         self.critic_optimizer.minimize(critic_loss)
 
@@ -538,7 +534,8 @@ class Agent(nn.Module):
         actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
 
-        # ---- guidance: the KL term of L_CUP, Eq. 11; Alg. 1 chooses pi_g before the critic's step
+        # ---- guidance: the KL term of L_CUP, Eq. 11. Alg. 1 chooses pi_g before the critic's
+        # step; here the actor's q serves for both
         if guide:
             entropy_weight = alpha if args.soft_advantage else 0.0
             kl_loss, states = guidance_loss(
@@ -629,10 +626,10 @@ def check_sizes(path: str | Path, actor: Actor, env_id: str, sizes: tuple[int, .
     ours = (actor.obs_dim, actor.action_dim)
     if ours != sizes:
         reason = f"{path} has observation and action sizes {ours}, but {env_id} has {sizes}"
-        raise UserError(f"{reason}: name other policies, or none (--sources alone)")
+        raise UserError(f"{reason}: name one that fits, or as a source none (--sources alone)")
 
 
-def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
+def load_sources(args: Args, obs_dim: int, action_dim: int, device="cpu") -> dict[str, Actor]:
     """Source policies by name. Raises UserError for one that does not fit the task.
 
     It draws none of the run's random numbers: with the same seed, CUP and SAC begin with the
@@ -642,7 +639,7 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
     with torch.random.fork_rng([0] if args.cuda else []):
         for k in range(args.num_random_sources):
             torch.manual_seed(derive_seed(args.seed, 3, k))
-            sources[f"random-{k + 1}"] = Actor(obs_dim, action_dim, args.hidden_sizes)
+            sources[f"random-{k + 1}"] = Actor(obs_dim, action_dim, args.hidden_sizes).to(device)
     for path in map(Path, args.sources):
         actor = load_policy(path)
         check_sizes(path, actor, args.env_id, (obs_dim, action_dim))
@@ -650,7 +647,7 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
         name = path.absolute().parent.name if path.stem == "policy" else path.stem
         while name in (*sources, "target"):
             name += "-2"
-        sources[name] = actor
+        sources[name] = actor.to(device)
     return sources
 
 
@@ -679,7 +676,7 @@ def evaluate(
 
 def load_checkpoint(args: Args, method: str, run_dir: Path) -> dict:
     """The checkpoint to go on with; empty for a new run. Raises UserError if it does not fit."""
-    if run_dir.exists() and not args.resume:
+    if any(run_dir.glob("*")) and not args.resume:
         raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
     if not (run_dir / "checkpoint.pt").exists():
         return {}
@@ -722,17 +719,16 @@ class Logger:
         rate = (step - self.last["step"]) / (seconds - self.last["time/seconds"])
         row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
         row = {name: value for name, value in row.items() if not math.isnan(value)}
-        self.rows.append(row)
-        self.last = row
-        if row.keys() <= self.columns.keys():
-            self.csv.writerow(row)
-        else:  # it brings a column: the file begins anew
-            self.columns = dict.fromkeys(name for row in self.rows for name in row)
+        if not row.keys() <= self.columns.keys():  # it brings a column: the file begins anew
+            self.columns = dict.fromkeys(name for row in (*self.rows, row) for name in row)
             self.file = open(self.run_dir / "metrics.csv", "w", newline="")
             self.csv = csv.DictWriter(self.file, self.columns)
             self.csv.writeheader()
             self.csv.writerows(self.rows)
+        self.csv.writerow(row)
         self.file.flush()
+        self.rows.append(row)  # once it is on the disk: a checkpoint may follow a full one
+        self.last = row
         if self.tensorboard:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -746,8 +742,6 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     """Alg. 1, from the start or from a checkpoint; another method brings its own agent."""
     method = "cup" if args.sources or args.num_random_sources else "sac"
     method = method if agent_class is Agent else agent_class.__name__.lower()
-    if args.compile and agent_class is not Agent:
-        raise UserError(f"--compile knows the update of cup.py, and not that of {method}: drop it")
     name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
     run_dir = Path(args.run_dir or f"runs/{name}")
     checkpoint = load_checkpoint(args, method, run_dir)
@@ -769,8 +763,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         print(f"warning: {args.env_id} has no time limit (gymnasium.wrappers.TimeLimit sets one): "
               "an evaluation lasts as long as its episodes", file=sys.stderr)
     (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    sources = load_sources(args, obs_dim, action_dim)
-    sources = {name: actor.to(device) for name, actor in sources.items()}
+    sources = load_sources(args, obs_dim, action_dim, device)
     agent = agent_class(args, obs_dim, action_dim, sources, device)
     step = checkpoint.get("step", 0)  # environment steps so far
     info = checkpoint.get("info", {})  # what the last update returned
@@ -785,8 +778,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     del checkpoint  # it is mapped into memory: its file would keep its place on the disk
     run_dir.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
-    about = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
-    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    settings = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
+    (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
 
     def save_checkpoint():
@@ -867,8 +860,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         eval_env.close()
     if signals:
         print(f"stopped at step {step:,}: the same command with --resume goes on")
-    else:
-        print(f"finished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
+        sys.exit(128 + signals[0])  # as of a program that a signal has ended
+    print(f"finished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -882,8 +875,7 @@ def score_policy(args: Args) -> None:
     if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
         raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
     env = make_env(env_id, derive_seed(args.seed, 2, 0))
-    sizes = env.observation_space.shape + env.action_space.shape
-    check_sizes(args.evaluate, actor, env_id, sizes)
+    check_sizes(args.evaluate, actor, env_id, env.observation_space.shape + env.action_space.shape)
     print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")
     for name in ("mean", "sampled"):
         returns, wins = evaluate(actor, env, args.eval_episodes, sample=name == "sampled")
@@ -904,7 +896,7 @@ def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> Non
             score_policy(args)
         else:
             train(args, agent_class)
-    except (UserError, OSError, ImportError) as error:
+    except (UserError, gym.error.Error, OSError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

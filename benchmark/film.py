@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import imageio
 import numpy as np
 import torch
@@ -61,6 +62,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except cup.UserError as error:
+    except (cup.UserError, gym.error.Error) as error:
         print(f"film.py: {error}", file=sys.stderr)
         sys.exit(2)

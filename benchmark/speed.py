@@ -122,8 +122,7 @@ def make_agent(num_sources: int, device: str = "cpu", **settings) -> cup.Agent:
     """With random sources and a full replay buffer, for a Meta-World task."""
     settings |= {"sources": (), "num_random_sources": num_sources, "buffer_size": 10_000}
     args = cup.Args("push-v2", cuda=device == "cuda", **settings)
-    sources = cup.load_sources(args, OBS_DIM, ACTION_DIM)
-    sources = {name: actor.to(device) for name, actor in sources.items()}
+    sources = cup.load_sources(args, OBS_DIM, ACTION_DIM, device)
     agent = cup.Agent(args, OBS_DIM, ACTION_DIM, sources, device)
     for column in agent.buffer.columns:
         column.normal_()

@@ -72,7 +72,7 @@ def test_the_run_of_another_method_is_left_alone(tmp_path: Path):
         ("mamba", "--rollout-share 0", "without roll-outs"),
         ("mamba", "--value-updates 0", "--value-updates is out"),
         ("multipolar", "--sources", "MULTIPOLAR aggregates"),
-        ("multipolar", "--compile", "--compile"),
+        *((name, "--compile", "--compile knows") for name in CLASSES),
         ("ptf", "--sources", "PTF imitates"), ("ptf", "--c -1", "--c is out"),
         ("ptf", "--xi -1", "--xi is out"),
     ],

@@ -28,7 +28,7 @@ def test_a_signal_stops_the_run_and_resume_equals_no_stop(pendulum, tmp_path, nu
     process = started_run(tmp_path / "run", *PENDULUM, rows=5)
     process.send_signal(number)
     result = finish(process)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (128 + number, "")
     assert re.search(r"stopped at step \S+: the same command with --resume goes on", result.stdout)
     checkpoint = checkpoint_of(tmp_path / "run")
     succeed(*PENDULUM, "--run-dir", tmp_path / "run")
@@ -133,6 +133,17 @@ def test_full_disk(pendulum, tmp_path):
     assert not list(run_dir.glob("*.tmp"))
     succeed(*PENDULUM, "--run-dir", run_dir)  # the user made room
     assert same_result(pendulum[0], run_dir)
+
+
+def test_the_last_row_comes_after_all_if_there_was_no_room_for_it(tmp_path):
+    run = [*WALK, "faulty_envs:Walk-v0", "--log-interval", 60, "--run-dir", tmp_path / "run"]
+    (tmp_path / "run").mkdir()  # an empty directory will do
+    (tmp_path / "run" / "metrics.csv").symlink_to("/dev/full")
+    result = call_cup(*run, "--eval-interval", 60)
+    assert one_sentence(result, "No space left"), result.stderr
+    (tmp_path / "run" / "metrics.csv").unlink()
+    succeed(*run, "--eval-interval", 60)
+    assert steps(tmp_path / "run") == [60]
 
 
 def test_run_directory_removed(tmp_path):
