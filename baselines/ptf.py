@@ -173,15 +173,15 @@ class PTF(cup.Agent):
                 args.gamma,
             )
             match = is_compatible(batch.action, batch.source_mean, batch.source_log_std)
-            options = torch.arange(len(self.sources), device=row.device)
-            active = batch.option.unsqueeze(1) == options
+            index = torch.arange(len(self.sources), device=row.device)
+            active = batch.option.unsqueeze(1) == index
             advantage = termination_advantage(next_value, args.xi)
             may_end = active * (1 - batch.terminated).unsqueeze(1)
         option_loss = ((match | active) * (target - value).square()).sum(dim=1).mean()
         termination_loss = (may_end * next_termination * advantage).sum(dim=1).mean()
         self.option_optimizer.minimize(option_loss + termination_loss)
         teacher = value.detach().argmax(dim=1)
-        termination = termination.detach()[row, teacher]
+        teacher_termination = termination.detach()[row, teacher]
 
         # ---- critic: L_critic, as in cup.py
         td_error = self.critic(batch.obs, batch.action) - self.td_target(batch, alpha)
@@ -194,7 +194,7 @@ class PTF(cup.Agent):
         action, log_prob = cup.squash(mean, log_std, noise)
         actor_loss = (alpha * log_prob - self.critic.min_q(batch.obs.unsqueeze(0), action)).mean()
         fade = (1 + torch.tanh(3 - args.mu * self.episodes)) / 2  # f(t)
-        weight = args.c * fade * (1 - termination) * guide  # (batch,)
+        weight = args.c * fade * (1 - teacher_termination) * guide  # (batch,)
         teacher_dist = batch.source_mean[row, teacher], batch.source_log_std[row, teacher]
         kl = cup.kl_divergence(*teacher_dist, mean, log_std)  # (batch,), the source in front
         kl_loss = (weight * kl).mean()
@@ -217,7 +217,7 @@ class PTF(cup.Agent):
             "loss/critic": critic_loss, "loss/actor": actor_loss, "loss/kl": kl_loss,
             "loss/option": option_loss, "loss/termination": termination_loss,
             "alpha": alpha, "entropy": entropy, "guidance/weight": weight.mean(),
-            "guidance/kl": kl.mean(), "option/termination": termination.mean(),
+            "guidance/kl": kl.mean(), "option/termination": teacher_termination.mean(),
         }
         for k, name in enumerate(self.sources):
             info[f"guidance/selected/{name}"] = (teacher == k).float().mean()
