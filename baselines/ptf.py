@@ -19,8 +19,9 @@ which these returns would saturate. One optimiser serves both losses of the opti
 target network follows slowly, as the critic's does. Sources are bounded as for CUP
 (`cup.query_sources`), for the KL and for the question whether an action is theirs.
 
-It takes cup.py's arguments; of the guidance's only --guidance-starts matters: imitation begins. It logs `guidance/weight`, c f (1 - beta), `guidance/kl`, the KL from the
-teacher, `guidance/selected/<source>`, the share of states at which it is the teacher,
+It takes cup.py's arguments; of the guidance's only --guidance-starts matters: imitation begins. It
+logs `guidance/weight`, c f (1 - beta), `guidance/kl`, the KL from the teacher,
+`guidance/selected/<source>`, the share of states at which it is the teacher,
 `option/match/<source>`, the share of actions that are compatible with it, and
 `option/termination`, the teacher's beta.
 """
