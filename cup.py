@@ -170,22 +170,25 @@ class SeededEpisodes(gym.Wrapper):
 
 
 def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
-    """One environment; same seed, same sequence of episodes. A wrong id is Gymnasium's Error.
+    """One environment; same seed, same sequence of episodes. Raises UserError for a wrong id.
 
     Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
     anew for every episode; the reward is v2's; 500 steps, then truncation.
     """
     tasks, task = {}, env_id[:-1] + "3"  # Meta-World 3 has v2's tasks, under the name v3
-    if env_id.endswith(("-v2", "-v3")):
-        from metaworld import ALL_V3_ENVIRONMENTS as tasks
-    if task in tasks:
-        env = tasks[task](reward_function_version="v2", **options)
-        env._partially_observable = False  # show the goal in the observation, ...
-        del env.sawyer_observation_space  # ... which cached bounds would clip to zero
-        env._freeze_rand_vec = False  # a new goal for every episode, ...
-        env.seeded_rand_vec = env._set_task_called = True  # ... from env.np_random
-    else:
-        env = gym.make(env_id, **options)
+    try:
+        if env_id.endswith(("-v2", "-v3")):
+            from metaworld import ALL_V3_ENVIRONMENTS as tasks
+        if task in tasks:
+            env = tasks[task](reward_function_version="v2", **options)
+            env._partially_observable = False  # show the goal in the observation, ...
+            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+            env._freeze_rand_vec = False  # a new goal for every episode, ...
+            env.seeded_rand_vec = env._set_task_called = True  # ... from env.np_random
+        else:
+            env = gym.make(env_id, **options)
+    except Exception as error:  # an environment's own code may raise anything
+        raise UserError(f"cannot make {env_id!r}: {error!r}") from error
     space = env.action_space
     if not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UserError(f"{env_id} has actions {space}: CUP needs a Box of bounded, real numbers")
@@ -742,6 +745,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     """Alg. 1, from the start or from a checkpoint; another method brings its own agent."""
     method = "cup" if args.sources or args.num_random_sources else "sac"
     method = method if agent_class is Agent else agent_class.__name__.lower()
+    if args.compile and agent_class is not Agent:
+        raise UserError(f"--compile knows the update of cup.py, and not that of {method}: drop it")
     name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
     run_dir = Path(args.run_dir or f"runs/{name}")
     checkpoint = load_checkpoint(args, method, run_dir)
@@ -896,7 +901,7 @@ def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> Non
             score_policy(args)
         else:
             train(args, agent_class)
-    except (UserError, gym.error.Error, OSError, ImportError) as error:
+    except (UserError, OSError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -154,8 +154,9 @@ def clone_controller(
                 observations.append(obs)
                 actions.append(action)
                 noisy = action + 0.3 * generator.standard_normal(len(action))
-                obs, _, *ends, _ = env.step(noisy.clip(-1, 1).astype(np.float32))
-                ended = any(ends)  # terminated, truncated
+                noisy = noisy.clip(-1, 1).astype(np.float32)
+                obs, _, terminated, truncated, _ = env.step(noisy)
+                ended = terminated or truncated
     obs, action = torch.from_numpy(np.stack(observations)), torch.from_numpy(np.stack(actions))
     pre_tanh = action.float().clamp(-0.98, 0.98).atanh()  # infinite at -1 and 1
     # a log-std below -1.5 is taken for -1.5 of a source: see query_sources

@@ -59,8 +59,6 @@ class Args(cup.Args):
             raise ValueError("--gamma-h and --high-entropy must not exceed 1")
         if not (self.sources or self.num_random_sources or self.evaluate):
             raise ValueError("HAAR's skills begin as source policies: name some with --sources")
-        if self.compile:
-            raise ValueError("--compile knows the update of cup.py alone: drop it")
         if self.learning_starts <= self.k * self.num_envs and not self.evaluate:
             raise ValueError("--learning-starts must exceed --k times --num-envs: one segment")
 

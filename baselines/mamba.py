@@ -66,8 +66,6 @@ class Args(cup.Args):
             raise ValueError("without roll-outs there is no f: --rollout-share 0, --gae-lambda 1")
         if not (self.sources or self.num_random_sources or self.evaluate):
             raise ValueError("MAMBA improves on source policies: name some with --sources")
-        if self.compile:
-            raise ValueError("--compile knows the update of cup.py alone: drop it")
 
 
 class Visits(NamedTuple):

@@ -47,8 +47,6 @@ class Args(cup.Args):
         super().__post_init__()
         if not (self.sources or self.num_random_sources or self.evaluate):
             raise ValueError("MULTIPOLAR aggregates source policies: name some with --sources")
-        if self.compile:
-            raise ValueError("--compile knows the update of cup.py alone: drop it")
 
 
 class Aggregate(cup.Actor):

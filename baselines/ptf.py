@@ -56,8 +56,6 @@ class Args(cup.Args):
         super().__post_init__()
         if not (self.sources or self.num_random_sources or self.evaluate):
             raise ValueError("PTF imitates source policies: name some with --sources")
-        if self.compile:
-            raise ValueError("--compile knows the update of cup.py alone: drop it")
 
 
 class OptionNetwork(nn.Module):

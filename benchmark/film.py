@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import imageio
 import numpy as np
 import torch
@@ -62,6 +61,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (cup.UserError, gym.error.Error) as error:
+    except cup.UserError as error:
         print(f"film.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -110,7 +110,7 @@ def peer_rate(args: Args, name: str) -> float:
     package = importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[name])
     settings = {"learning_starts": RANDOM_STEPS, "batch_size": 256, "buffer_size": 100_000}
     settings |= {"policy_kwargs": {"net_arch": [256, 256]}, "train_freq": 1, "gradient_steps": 1}
-    settings["device"] = "cpu"
+    settings["device"] = "cpu"  # where cup.py runs as well
     model = package.SAC("MlpPolicy", cup.make_env(args.env_id, 1), **settings)
     model.learn(RANDOM_STEPS + args.steps)
     start = time.perf_counter()

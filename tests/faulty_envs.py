@@ -24,6 +24,7 @@ class Walk(gym.Env):
 
     def __init__(self, **changes):
         vars(self).update(changes)
+        self.fail_in("making")
 
     def fail_in(self, place):
         if place in self.fault.split() and self.lifetime >= self.fault_at:
@@ -101,6 +102,7 @@ for kind in (Walk, *Walk.__subclasses__()):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=40)
 
 for name, changes in {
+    "CannotBeMade": {"fault": "making"},
     "RaisesAtReset": {"fault": "reset", "fault_at": 1},  # the first is the beginning of the run
     "Raises": {"fault": "step", "fault_at": 30},
     "Dies": {"fault": "step close", "fault_at": 30},

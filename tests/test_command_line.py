@@ -225,12 +225,13 @@ FAULTY = "--env-id faulty_envs:"
 FINISHED = " ".join([*PENDULUM, "--resume --run-dir finished"])
 # what was typed: what the one sentence must hold
 BAD_INPUT = {
-    "--env-id peg-insert-sid-v2": ["peg-insert-sid", "doesn't exist"],
-    "--env-id Pendulun-v1": ["Pendulun", "Did you mean", "Pendulum"],
+    "--env-id peg-insert-sid-v2": ["'peg-insert-sid-v2'"],
+    "--env-id Pendulun-v1": ["'Pendulun-v1'", "Pendulum"],
     "--env-id nothing_installed:Robot-v0": ["nothing_installed"],
     "--env-id CartPole-v1": ["CartPole-v1", "Discrete(2)", "Box"],
     f"{FAULTY}NoBounds-v0": ["bounded"],
     f"{FAULTY}Integers-v0": ["(1,), int64)"],
+    f"{FAULTY}CannotBeMade-v0": ["RuntimeError", "it fails in making"],
     f"{FAULTY}NotANumberAtOnce-v0 --sources": ["NaN or infinity", "episode 0"],
     f"{PEG} nowhere.pt": ["no policy file nowhere.pt"],
     f"{PEG} text.pt": ["text.pt is not a policy file"],
