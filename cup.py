@@ -1,32 +1,29 @@
 """CUP: Critic-Guided Policy Reuse (Zhang, Li, Zhang; NeurIPS 2022), in one file.
 
-Frozen source policies, trained on other tasks, guide Soft Actor-Critic (SAC) on a new task.
-At every state of a minibatch the critic of the *new* task scores what each source would do
-there; where a source beats the target policy, the actor is pulled towards the best source.
-Nothing else is trained.
+Frozen source policies, trained on other tasks, guide Soft Actor-Critic (SAC) on a new task. At
+every state of a minibatch the critic of the new task scores what each source would do, and what
+the learning policy would do. Where a source scores higher, a KL term in the actor's loss pulls the
+actor towards the best source. CUP trains the networks of SAC and no further network.
 
     python cup.py --env-id peg-insert-side-v2             # CUP, with the shipped source policies
     python cup.py --env-id peg-insert-side-v2 --sources   # no sources: SAC, the baseline
-    python cup.py --evaluate sources/reach-v2.pt          # score a policy file
 
-Equation numbers are the paper's. To learn the algorithm, read from `squash` to the end of
-`Agent.update`; the rest is environments, files and the training loop.
+Equation numbers are the paper's. Two terms look alike: the target *policy* pi_tar is the actor
+that learns the new task; the target *critic* is SAC's slowly following copy of the critic.
 """
 
 import csv
+import difflib
+import fcntl
 import json
 import math
 import os
-import pickle
 import random
-import shutil
-import signal
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +33,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.adam import adam
 
-SOURCES_DIR = Path(__file__).parent / "sources"
-SHIPPED = tuple(str(SOURCES_DIR / f"{task}-v2.pt") for task in ("reach", "push", "pick-place"))
+SOURCES = Path(__file__).parent / "sources"
+SHIPPED = tuple(str(SOURCES / f"{task}-v2.pt") for task in ("reach", "push", "pick-place"))
 
 
 class UserError(Exception):
@@ -49,17 +45,16 @@ class UserError(Exception):
 @dataclass
 class Args:
     """Train a target policy with the guidance of source policies (CUP)."""
-
-    # Meta-World task (peg-insert-side-v2), Gymnasium id (Pendulum-v1), or module:Id, where the
-    # module, beside cup.py or on PYTHONPATH, registers an environment of your own
-    env_id: str | None = None
+    env_id: str  # Meta-World task (push-wall-v2), Gymnasium id (Pendulum-v1), or your module:Id
     seed: int = 1  # seed of everything random: networks, exploration, minibatches, goals
     total_timesteps: int = 1_000_000  # environment steps, all environments together
     num_envs: int = 4  # environments that step side by side
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
     batch_size: int = 256  # minibatch size of every gradient update
     learning_starts: int = 5_000  # environment steps with random actions before the first update
-    utd_ratio: float = 0.25  # updates per environment step; one costs as much as 5 to 20 steps
+    # updates per environment step, which decide the running time: an update takes as long as 5 to
+    # 20 steps of Meta-World; 0.25 is one for each step of the 4 environments
+    utd_ratio: float = 0.25
     gamma: float = 0.99  # discount factor, gamma in Eq. 1
     tau: float = 0.005  # step of the target critic towards the critic, tau in Alg. 1
     policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
@@ -67,168 +62,66 @@ class Args:
     alpha_lr: float = 3e-4  # learning rate of the entropy weight, lambda_alpha in Alg. 1
     init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's usual 1 outweighs Q for 10,000 updates
     hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
-
-    sources: tuple[str, ...] = SHIPPED  # policy files pi_1 ... pi_n; --sources alone: none, SAC
+    # policy files pi_1 ... pi_n; --sources with nothing after it is SAC (the first line says so)
+    sources: tuple[str, ...] = SHIPPED
     num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
-    # weight of the guidance KL, beta_1 in Eq. 12; 10 pulls too hard once values are large
+    # weight of the guidance KL, beta_1 in Eq. 12; the authors' code has 7.5; with 10, useless
+    # sources outweighed Q on peg-insert-side
     beta1: float = 1.0
-    # cap on the advantage in that weight, as a fraction of |V|, beta_2 in Eq. 12; 0.003 is too
-    # little while values are small
+    # cap on the advantage in that weight as a fraction of |V|, beta_2 in Eq. 12; the authors' code
+    # has 0.003, which was too little on push-wall while |V| was small
     beta2: float = 0.03
-    num_guidance_samples: int = 1  # actions per candidate, Eq. 4, and per state in L_actor, Eq. 3
-    # entropy term in the advantage, Eq. 4; the default leaves it out (Appendix B.3), because while
-    # alpha is large it would rule out all sources for their low entropy
-    soft_advantage: bool = False
+    soft_advantage: bool = False  # entropy term of Eq. 4; rules out all sources if alpha is large
     guidance_starts: int = 5_000  # environment steps before the guidance begins
-
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
-    eval_interval: int = 20_000  # environment steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, a goal each; with --evaluate, take 50
-    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    eval_interval: int = 20_000  # environment steps between evaluations; each writes policy.pt
+    eval_episodes: int = 10  # episodes per evaluation, each with a goal never trained on
+    checkpoint_interval: int = 20_000  # steps between checkpoints; all episodes begin anew there
     run_dir: str | None = None  # where to write; by default runs/<env-id>__<cup or sac>__<seed>
-    resume: bool = False  # go on from the run directory's checkpoint; start where there is none
-    evaluate: str | None = None  # policy file to score instead, on --env-id or on its own task
-    cuda: bool = torch.cuda.is_available()  # train on the GPU
+    resume: bool = False  # start, or go on from the last checkpoint as if never interrupted
+    cuda: bool = False  # use the GPU; slower than a CPU core, except with benchmark/compiled.py
     threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))  # CPU threads; on a busy machine, 1
-    compile: bool = False  # compile the update: faster after a minute; wants a C++ compiler
-    tensorboard: bool = False  # also write TensorBoard logs into the run directory
-    track: bool = False  # also log to Weights & Biases
 
-    def __post_init__(self):
-        """Raises ValueError, which tyro prints as a usage error with exit code 2."""
-        may_be_zero = ("seed", "num_random_sources", "guidance_starts")
-        for name, value in vars(self).items():
-            smallest = 1 if type(value) is int and name not in may_be_zero else 0
-            if type(value) in (int, float) and not smallest <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is out of range: {value}")
-        if max(self.gamma, self.tau) > 1:
-            raise ValueError("--gamma and --tau must not exceed 1")
-        if self.init_alpha == 0 or min(self.hidden_sizes, default=1) < 1:
-            raise ValueError("--init-alpha and --hidden-sizes must be positive")
-        if not (self.num_envs < self.learning_starts < self.total_timesteps or self.evaluate):
-            raise ValueError("--num-envs < --learning-starts < --total-timesteps must hold")
-        if not (self.env_id or self.evaluate):
-            raise ValueError("no task is named: give one, such as --env-id peg-insert-side-v2")
-        if self.cuda and not torch.cuda.is_available():
-            raise ValueError("PyTorch finds no CUDA device: use --no-cuda")
-        if self.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            raise ValueError("--compile needs a C++ compiler, such as g++: install one, or drop it")
-
-
-# ---- environment ---------------------------------------------------------------------------------
-def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers. (5,) and (5, 0) collide: use equal lengths."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-class SeededEpisodes(gym.Wrapper):
-    """An environment as CUP sees it: flat observations, actions in [-1, 1], seeded episodes.
-
-    To go on inside an episode, set `start_at` to its number and its actions so far, then `reset`:
-    the number decides the seed, and the actions are played again. An episode's last `info` holds
-    its `return`, and its `success` in any of the steps, NaN where the task has no such thing.
-    """
-
-    def __init__(self, env: gym.Env, seed: int):
-        super().__init__(env)
-        self.seed, self.episode, self.start_at = seed, -1, None
-        self.low, self.high = env.action_space.low, env.action_space.high
-        obs_dim = gym.spaces.flatdim(env.observation_space)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
-        self.action_space = gym.spaces.Box(-1, 1, (self.low.size,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        self.episode, actions = self.start_at or (self.episode + 1, ())
-        self.start_at, self.actions, self.episode_return, self.success = None, [], 0.0, np.nan
-        episode_seed = derive_seed(self.seed, self.episode)
-        random.seed(episode_seed)  # some environments draw from the global generators
-        np.random.seed(episode_seed)
-        self.unwrapped.np_random = np.random.default_rng(episode_seed)  # Meta-World ignores a seed
-        obs = self.checked(self.env.reset(seed=episode_seed)[0])
-        for action in actions:
-            obs = self.step(np.array(action, np.float32))[0]
-        return obs, {}
-
-    def step(self, action: np.ndarray):
-        center, half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
-        scaled = center + half_range * action.reshape(center.shape)
-        scaled = np.clip(scaled, self.low, self.high)  # rounding may leave the bounds
-        obs, reward, terminated, truncated, info = self.env.step(scaled)
-        self.actions.append(action.tolist())
-        self.episode_return += float(reward)
-        self.success = np.fmax(self.success, info.get("success", info.get("is_success", np.nan)))
-        ended = terminated or truncated
-        info = {"return": self.episode_return, "success": self.success} if ended else {}
-        return self.checked(obs, reward), reward, terminated, truncated, info
-
-    def checked(self, obs, reward: float = 0.0) -> np.ndarray:
-        obs = gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
-        if not (np.isfinite(obs).all() and math.isfinite(reward)):
-            after = f"episode {self.episode}, after the actions {self.actions[-1:]}"
-            raise UserError(f"the environment returned NaN or infinity in {after}")
-        return obs
-
-
-def make_env(env_id: str, seed: int, **options) -> SeededEpisodes:
-    """One environment; same seed, same sequence of episodes. Raises UserError for a wrong id.
-
-    Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
-    anew for every episode; the reward is v2's; 500 steps, then truncation.
-    """
-    tasks, task = {}, env_id[:-1] + "3"  # Meta-World 3 has v2's tasks, under the name v3
-    try:
-        if env_id.endswith(("-v2", "-v3")):
-            from metaworld import ALL_V3_ENVIRONMENTS as tasks
-        if task in tasks:
-            env = tasks[task](reward_function_version="v2", **options)
-            env._partially_observable = False  # show the goal in the observation, ...
-            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
-            env._freeze_rand_vec = False  # a new goal for every episode, ...
-            env.seeded_rand_vec = env._set_task_called = True  # ... from env.np_random
-        else:
-            env = gym.make(env_id, **options)
-    except Exception as error:  # an environment's own code may raise anything
-        raise UserError(f"cannot make {env_id!r}: {error!r}") from error
-    space = env.action_space
-    if not (isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and space.is_bounded()):
-        raise UserError(f"{env_id} has actions {space}: CUP needs a Box of bounded, real numbers")
-    return SeededEpisodes(env, seed)
-
-
-def make_envs(env_id: str, num_envs: int, *seed: int) -> gym.vector.SyncVectorEnv:
-    """Environments that step in turn; to reset one whose episode has ended is up to the caller."""
-    make = [lambda k=k: make_env(env_id, derive_seed(*seed, k)) for k in range(num_envs)]
-    return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    def __post_init__(self):  # tyro prints a ValueError as a usage error, with exit code 2
+        starts = max(self.learning_starts, self.guidance_starts if self.sources else 0)
+        if starts >= self.total_timesteps:
+            raise ValueError(f"--total-timesteps must be more than {starts}, where learning starts")
 
 
 # ---- networks ------------------------------------------------------------------------------------
-def mlp(*sizes: int, layer=nn.Linear) -> nn.Sequential:
+def mlp(*sizes: int) -> nn.Sequential:
     layers = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [layer(fan_in, fan_out), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
 class Standardize(nn.Module):
     """obs (..., obs_dim) with mean 0 and a standard deviation of at most 1, by `fit`.
 
-    Meta-World's observations are in metres, and centimetres matter.
-    """
-
+    Meta-World's observations are in metres, and centimetres matter. It takes float64: in float32 a
+    Unix time would be a constant. A column that has only ever been zero is ignored, so a source
+    ignores what its own task never shows."""
     def __init__(self, obs_dim: int):
         super().__init__()
-        self.register_buffer("shift", torch.zeros(obs_dim))
-        self.register_buffer("scale", torch.ones(obs_dim))
+        self.register_buffer("shift", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(obs_dim, dtype=torch.float64))
 
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
-        # at least 0.1, or the noise of what hardly moves would become large
-        self.scale.copy_(1 / obs.std(dim=0, correction=0).clamp(min=0.1))
-        self.scale[(obs == 0).all(dim=0)] = 1  # always zero so far: its size is unknown
+        std = obs.std(dim=0, correction=0)
+        # at least 0.1, or the noise of a column that hardly moves would be enlarged too far; where
+        # every column moves less than that, the one that moves most sets the measure
+        floor = min(0.1, std.max().item()) or 0.1
+        self.scale.copy_((obs != 0).any(dim=0) / std.clamp(min=floor))
         self.shift.copy_(-obs.mean(dim=0) * self.scale)
 
+    def notice(self, obs: Tensor) -> None:
+        """Let through, unscaled, the columns of obs (n, obs_dim) that were zero until now."""
+        self.scale[(self.scale == 0) & (obs != 0).any(dim=0)] = 1
+
     def forward(self, obs: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, obs, self.scale)
+        return torch.addcmul(self.shift, obs, self.scale).to(torch.get_default_dtype())
 
 
 class Actor(nn.Module):
@@ -236,14 +129,9 @@ class Actor(nn.Module):
 
     Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
     a vanishing standard deviation hardly changes the action, but makes the KL to this policy huge
-    once it is a source (`query_sources` bounds it harder: it may come from elsewhere).
-    tanh(3) is 0.995; a raw output of 0 gives a log_std of -1.5.
-    """
-
-    def __init__(
-        self, obs_dim: int, action_dim: int, hidden_sizes: Sequence[int],
-        mean_bound: float = 3.0, log_std_min: float = -5.0, log_std_max: float = 2.0,
-    ):
+    once it is a source. tanh(3) is 0.995; a raw output of 0 gives a log_std of -1.5."""
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes, mean_bound: float = 3.0,
+                 log_std_min: float = -5.0, log_std_max: float = 2.0):
         super().__init__()
         self.obs_dim, self.action_dim, self.hidden_sizes = obs_dim, action_dim, list(hidden_sizes)
         self.mean_bound, self.log_std_min, self.log_std_max = mean_bound, log_std_min, log_std_max
@@ -258,43 +146,30 @@ class Actor(nn.Module):
         return mean, middle + half_range * torch.tanh(log_std / half_range)
 
 
-class TwinLinear(nn.Module):
-    """Two linear layers side by side, x (2, batch, fan_in) -> (2, batch, fan_out)."""
-
-    def __init__(self, fan_in: int, fan_out: int):
+class TwinCritic(nn.Module):
+    """Two Q networks: obs (..., obs_dim), action (..., action_dim) -> Q1, Q2 as (2, ...)."""
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes, standardize: Standardize):
         super().__init__()
-        layers = [nn.Linear(fan_in, fan_out) for _ in range(2)]
-        self.weight = nn.Parameter(torch.stack([layer.weight.T for layer in layers]))
-        self.bias = nn.Parameter(torch.stack([layer.bias[None] for layer in layers]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.shape[2] == 1:  # Q: a batched product of width 1 is slow
-            return self.bias + (x * self.weight.mT).sum(dim=2, keepdim=True)
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class SoftQNetwork(nn.Module):
-    """Twin critic: obs (..., obs_dim), action (..., action_dim) -> Q1, Q2 as (2, ...)."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: Sequence[int]):
-        super().__init__()
-        self.standardize = Standardize(obs_dim)
-        self.net = mlp(obs_dim + action_dim, *hidden_sizes, 1, layer=TwinLinear)
+        self.standardize = standardize
+        self.q1 = mlp(obs_dim + action_dim, *hidden_sizes, 1)
+        self.q2 = mlp(obs_dim + action_dim, *hidden_sizes, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([self.standardize(obs), action], dim=-1)
-        twins = x.reshape(-1, x.shape[-1]).expand(2, -1, -1)
-        return self.net(twins).view(2, *x.shape[:-1])
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
 
     def min_q(self, obs: Tensor, action: Tensor) -> Tensor:
         return self(obs, action).amin(dim=0)  # the smaller of the twins
 
 
+# ---- CUP: which source to follow at a state, and how far -----------------------------------------
+# For your own SAC, `import cup`, or paste from here to the end of `guidance_loss` and import math,
+# torch, Tensor (from torch) and F (torch.nn.functional). Your critic must take actions in [-1, 1]
+# and any leading dimensions: torch.cat(..., dim=-1). Bound the sources as `query_sources` does.
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Sample a tanh-Gaussian, reparameterised by standard normal `noise`.
 
-    Shapes broadcast: (..., action_dim) -> action (..., action_dim), log_prob (...).
-    """
+    Shapes broadcast: (..., action_dim) -> action (..., action_dim), log_prob (...)."""
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # log(1 - tanh(x)^2), written so that it does not overflow
@@ -302,16 +177,14 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     return torch.tanh(pre_tanh), log_prob.sum(dim=-1)
 
 
-# ---- CUP: which source to follow at a state, and how far ----------------------------------------
 def expected_advantage(q: Tensor, log_prob: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
     """Soft expected advantage of every candidate over the target policy, Eq. 4.
 
-    q, log_prob: (samples, batch, n + 1), of each candidate's own actions: Q by the target policy's
-    critic, log_prob by the candidate itself; the n sources first, the target policy last.
-    alpha = 0 gives the hard advantage of Appendix B.3. Returns the advantages (batch, n + 1),
-    the target's zero, and the target's soft value V (batch,), Eq. 2.
-    """
-    soft_q = (q - alpha * log_prob).mean(dim=0)  # Monte Carlo, (batch, n + 1)
+    q, log_prob (batch, n + 1), of one action of each candidate: Q by the critic, log_prob by the
+    candidate itself; the n sources first, the target policy last. alpha = 0 gives the hard
+    advantage of Appendix B.3. Returns the advantages (batch, n + 1), the target policy's zero, and
+    the target policy's soft value V (batch,), Eq. 2."""
+    soft_q = q - alpha * log_prob  # an estimate of the expectation over actions
     value = soft_q[:, -1]  # Eq. 2
     return soft_q - value.unsqueeze(1), value  # Eq. 4
 
@@ -319,8 +192,7 @@ def expected_advantage(q: Tensor, log_prob: Tensor, alpha: Tensor | float) -> tu
 def guidance_policy(advantage: Tensor) -> Tensor:
     """Eq. 7: index (batch,) of the best candidate, from advantages (batch, n + 1).
 
-    The target policy is candidate n; it wins a tie.
-    """
+    The target policy is candidate n; it wins a tie."""
     best, source = advantage[:, :-1].max(dim=1)
     return torch.where(best > advantage[:, -1], source, advantage.shape[1] - 1)
 
@@ -328,9 +200,8 @@ def guidance_policy(advantage: Tensor) -> Tensor:
 def guidance_weight(advantage: Tensor, value: Tensor, beta1: float, beta2: float) -> Tensor:
     """Eq. 12: beta_s (batch,), from the guidance policy's advantage and V, both (batch,).
 
-    Zero where the target policy is its own guidance: its advantage over itself is zero. The cap,
-    by the target policy's value, is for the critic's errors, which make sources look too good.
-    """
+    Zero where the target policy is its own guidance: its advantage over itself is zero. The cap
+    limits what errors of the critic can do: they make sources look too good."""
     return beta1 * torch.minimum(advantage, beta2 * value.abs())
 
 
@@ -338,8 +209,7 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
     """KL(p || q) of two tanh-Gaussians (Eqs. 9, 11), (..., action_dim) -> (...), in nats.
 
     A KL does not change when both variables go through the same bijection, here the tanh: it is
-    the closed-form KL of the two Gaussians before it.
-    """
+    the closed-form KL of the two Gaussians before it."""
     log_ratio = log_std_p - log_std_q
     distance = (mean_p - mean_q) / log_std_q.exp()
     kl = 0.5 * ((2 * log_ratio).exp() + distance.square() - 1) - log_ratio
@@ -347,160 +217,97 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
 
 
 def guidance_loss(
-    critic: Callable[[Tensor, Tensor], Tensor], obs: Tensor, mean: Tensor, log_std: Tensor,
-    source_mean: Tensor, source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor,
-    alpha: Tensor | float, beta1: float, beta2: float,
+    *, critic, obs: Tensor, mean: Tensor, log_std: Tensor, source_mean: Tensor,
+    source_log_std: Tensor, noise: Tensor, q: Tensor, log_prob: Tensor, alpha: Tensor | float,
+    beta1: float, beta2: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
-    critic: obs (..., obs_dim), action (..., action_dim) in [-1, 1] -> Q (...), the smaller twin.
-    q, log_prob (samples, batch) of the target policy's actions by noise (samples, batch,
-    action_dim) and its mean, log_std (batch, action_dim) at obs. source_mean, source_log_std
-    (batch, n, action_dim): bound them as `query_sources` does. alpha: 0 for the hard advantage,
-    cup.py's default, or SAC's.
-    Returns the loss, and advantage (batch, n + 1), guidance (an index), weight, kl (batch,).
-    """
+    critic: obs (..., obs_dim), action (..., action_dim) -> the smaller Q of the online twins (...).
+    mean, log_std (batch, action_dim): the target policy at obs (batch, obs_dim), before the tanh;
+    noise (batch, action_dim), q, log_prob (batch,): of its actions in the actor's loss.
+    source_mean, source_log_std (batch, n, action_dim). alpha: 0 for the hard advantage.
+    Returns the loss, and advantage (batch, n + 1), guidance (an index), weight, kl (batch,)."""
+    shape, all_sources = mean.shape, (len(mean), source_mean.shape[1], mean.shape[1])
+    for name, tensor, expected in (
+        ("log_std", log_std, shape), ("noise", noise, shape), ("q", q, shape[:1]),
+        ("log_prob", log_prob, shape[:1]), ("source_mean", source_mean, all_sources),
+        ("source_log_std", source_log_std, all_sources), ("obs", obs[:, 0], shape[:1]),
+    ):
+        if tensor.shape != expected:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(expected)}")
     with torch.no_grad():
         # the same noise for all candidates, so that only their policies differ
-        source_action, source_log_prob = squash(source_mean, source_log_std, noise.unsqueeze(2))
-        source_q = critic(obs.unsqueeze(1).expand(*source_action.shape[:3], -1), source_action)
-        q = torch.cat([source_q, q.unsqueeze(2)], dim=2)  # (samples, batch, n + 1)
-        log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(2)], dim=2)
+        source_action, source_log_prob = squash(source_mean, source_log_std, noise.unsqueeze(1))
+        source_q = critic(obs.unsqueeze(1).expand(*all_sources[:2], -1), source_action)
+        q = torch.cat([source_q, q.unsqueeze(1)], dim=1)  # (batch, n + 1)
+        log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(1)], dim=1)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        row = torch.arange(len(obs), device=obs.device)
         # Eq. 12; the best of noisy advantages is too large on average
-        weight = guidance_weight(advantage[row, guidance], value, beta1, beta2)
-        guide_mean = torch.cat([source_mean, mean.unsqueeze(1)], dim=1)[row, guidance]
-        guide_log_std = torch.cat([source_log_std, log_std.unsqueeze(1)], dim=1)[row, guidance]
-    kl = kl_divergence(mean, log_std, guide_mean, guide_log_std)
-    states = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
-    return (weight * kl).mean(), states
+        weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)
+    # Eq. 9 for every candidate (batch, n + 1): 0 from the target policy to itself
+    kl = kl_divergence(mean.unsqueeze(1), log_std.unsqueeze(1), source_mean, source_log_std)
+    kl = F.pad(kl, (0, 1)).gather(1, guidance.unsqueeze(1)).squeeze(1)
+    per_state = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
+    return (weight * kl).mean(), per_state  # Eq. 11
 
 
 @torch.no_grad()
-def query_sources(sources: dict[str, Actor], obs: Tensor, action_dim: int) -> tuple[Tensor, Tensor]:
+def query_sources(sources: nn.ModuleList, obs: Tensor, action_dim: int) -> tuple[Tensor, Tensor]:
     """Mean and log-std (batch, n, action_dim) of the n sources at obs (batch, obs_dim).
 
     Bounded, because a source that is nearly deterministic or saturated gives almost no probability
-    to what the target policy does, and the KL to it would drown SAC's loss: it reached 1e11 without
-    bounds and stays near 10 nats with 2.5 for the mean and -1.5 for the log-std.
-    """
-    mean, log_std = obs.new_empty(2, len(obs), len(sources), action_dim)
-    for k, actor in enumerate(sources.values()):
+    to what the target policy does, and the KL to it would outweigh SAC's loss: it reached 1e11
+    without bounds and stays near 10 nats with 2.5 for the mean and -1.5 for the log-std. The critic
+    scores the bounded source. The target policy may go further, to 3 and -5: it learns on."""
+    mean, log_std = torch.empty(2, len(obs), len(sources), action_dim, device=obs.device)
+    for k, actor in enumerate(sources):
         mean[:, k], log_std[:, k] = actor(obs)
     return mean.clamp(-2.5, 2.5), log_std.clamp(min=-1.5)
 
 
+# ---- the update, Alg. 1 --------------------------------------------------------------------------
 class Batch(NamedTuple):
     """A minibatch of transitions, with n sources."""
-
-    obs: Tensor  # (batch, obs_dim)
-    next_obs: Tensor  # (batch, obs_dim)
-    action: Tensor  # (batch, action_dim)
+    obs: Tensor  # (batch, obs_dim), float64
+    next_obs: Tensor  # (batch, obs_dim), float64
+    action: Tensor  # (batch, action_dim), in [-1, 1]
     reward: Tensor  # (batch,)
     terminated: Tensor  # (batch,)
     # what every source would do at obs (`query_sources`): the sources are frozen, so they are
-    # asked once, on arrival, and not in every gradient update
+    # asked once, when a state is stored, and not in every gradient update
     source_mean: Tensor  # (batch, n, action_dim)
     source_log_std: Tensor  # (batch, n, action_dim)
 
 
-class ReplayBuffer(nn.Module):
-    """The replay buffer D: `columns` is a preallocated `Batch`, of which `size` rows are in use."""
-
-    def __init__(self, capacity: int, shapes: Batch, device="cpu"):
-        super().__init__()
-        # `type(shapes)`: another method may have other columns
-        self.columns = type(shapes)(*(torch.empty(capacity, *x, device=device) for x in shapes))
-        self.capacity, self.size, self.position = capacity, 0, 0
-
-    def add(self, batch: Batch) -> None:
-        """Store transitions; the oldest make room."""
-        index = (self.position + torch.arange(len(batch.obs))) % self.capacity
-        for column, values in zip(self.columns, batch, strict=True):
-            column[index] = values
-        self.position = (self.position + len(index)) % self.capacity
-        self.size = min(self.size + len(index), self.capacity)
-
-    def sample(self, batch_size: int) -> Batch:
-        """A uniform minibatch."""
-        index = torch.randint(self.size, (batch_size,), device=self.columns.obs.device)
-        return type(self.columns)(*(column[index] for column in self.columns))
-
-    def obs(self) -> Tensor:
-        """All states in it, (size, obs_dim)."""
-        return self.columns.obs[: self.size]
-
-    def get_extra_state(self) -> dict:
-        """What `Agent.state_dict` holds of it: the rows in use, and where it goes on."""
-        # by way of numpy, or torch would save the unused rows as well
-        columns = [torch.from_numpy(x.cpu().numpy()[: self.size]) for x in self.columns]
-        return {"columns": columns, "position": self.position}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.size, self.position = len(state["columns"][0]), state["position"]
-        for column, values in zip(self.columns, state["columns"], strict=True):
-            column[: self.size] = values
-
-
-class Adam(nn.Module):
-    """torch.optim.Adam in a form that torch.compile can see into, with the same numbers."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
-        super().__init__()
-        self.learnt, self.lr = list(parameters), lr
-        self.exp_avg = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
-        self.exp_avg_sq = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
-        self.steps = nn.ParameterList(torch.zeros((), device=x.device) for x in self.learnt)
-        self.requires_grad_(False)  # the state above; `learnt` is a plain list, and not part of it
-
-    def minimize(self, loss: Tensor) -> None:
-        """One step of its parameters alone, whatever else the scalar `loss` depends on."""
-        gradients = torch.autograd.grad(loss, self.learnt)
-        with torch.no_grad():
-            adam(
-                self.learnt, list(gradients), list(self.exp_avg), list(self.exp_avg_sq), [],
-                list(self.steps), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0,
-                amsgrad=False, maximize=False, foreach=False,
-                capturable=True,  # `steps` may be part of a CUDA graph
-                fused=not torch.compiler.is_compiling(),  # one kernel, opaque to the compiler
-            )
-
-
-# ---- the update, Alg. 1 --------------------------------------------------------------------------
 class Agent(nn.Module):
-    """Actor, twin critic, entropy weight, and one optimiser for each."""
-
+    """Actor, twin critic, entropy weight, an optimiser for each, and the replay buffer."""
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__()
-        self.args, self.sources, self.target_entropy = args, sources, -float(action_dim)
+        self.args, self.target_entropy = args, -float(action_dim)
+        self.source_names, self.sources = list(sources), nn.ModuleList(sources.values())
         self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
-        self.critic = SoftQNetwork(obs_dim, action_dim, args.hidden_sizes)
-        self.target_critic = SoftQNetwork(obs_dim, action_dim, args.hidden_sizes)
+        shape = (obs_dim, action_dim, args.hidden_sizes, self.actor.standardize)
+        self.critic, self.target_critic = TwinCritic(*shape), TwinCritic(*shape)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
         self.to(device)
-        self.actor_optimizer = Adam(self.actor.parameters(), args.policy_lr)
-        self.critic_optimizer = Adam(self.critic.parameters(), args.q_lr)
-        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
-        state, dist = (obs_dim,), (len(sources), action_dim)
-        shapes = Batch(state, state, (action_dim,), (), (), dist, dist)  # of one transition
-        self.buffer = ReplayBuffer(args.buffer_size, shapes, device)
-        if args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # gradients are taken inside `update`
-            torch._inductor.config.fallback_random = True  # the random numbers stay the same
-            mode = "reduce-overhead" if args.cuda else "default"  # CUDA graphs
-            self.update = torch.compile(self.update, fullgraph=True, mode=mode)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.policy_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.q_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.alpha_lr, fused=True)
+        self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
+        self.buffer = ReplayBuffer(args.buffer_size)
 
     @torch.no_grad()
-    def act(self, obs: Tensor, episode_steps: Sequence[int]) -> Tensor:
-        """Sampled actions (num_envs, action_dim); baselines/ use the steps since each reset."""
+    def act(self, obs: Tensor) -> Tensor:
+        """Sampled actions (num_envs, action_dim) at obs (num_envs, obs_dim)."""
         mean, log_std = self.actor(obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
     def store(self, obs, action, next_obs, reward, terminated) -> None:
-        """Put transitions into the replay buffer, one of each environment."""
+        """Put a transition of each environment into the replay buffer; shapes as in `Batch`."""
+        self.actor.standardize.notice(obs)
         dists = query_sources(self.sources, obs, action.shape[1])
         self.buffer.add(Batch(obs, next_obs, action, reward, terminated, *dists))
 
@@ -513,398 +320,340 @@ class Agent(nn.Module):
         # `terminated`, not `truncated`: a time limit is not the task's end
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
+    def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimiser's own parameters, whatever else the loss depends on."""
+        optimizer.zero_grad()
+        loss.backward(inputs=optimizer.param_groups[0]["params"])
+        optimizer.step()
+
     def update(self, batch: Batch, guide: bool = True) -> dict[str, Tensor]:
         """One gradient step of Alg. 1. Returns scalars under the names that are logged.
 
-        With guide=False, without sources, or with --beta1 0 (and one guidance sample) it is SAC,
-        bit for bit.
-        """
-        args = self.args
+        With guide=False, without sources, or with --beta1 0 it is SAC, bit for bit."""
         alpha = self.log_alpha.detach().exp()
 
         # ---- critic: L_critic, Eq. 3
         td_error = self.critic(batch.obs, batch.action) - self.td_target(batch, alpha)  # (2, batch)
         critic_loss = td_error.square().mean(dim=1).sum()
-        self.critic_optimizer.minimize(critic_loss)
+        self.minimize(critic_loss, self.critic_optimizer)
 
         # ---- actor: L_actor, Eq. 3
-        guide = guide and len(self.sources) > 0
-        samples = args.num_guidance_samples if guide else 1
         mean, log_std = self.actor(batch.obs)
-        noise = torch.randn(samples, *mean.shape, device=mean.device)
+        noise = torch.randn_like(mean)
         action, log_prob = squash(mean, log_std, noise)
-        q = self.critic.min_q(batch.obs.expand(samples, -1, -1), action)
-        actor_loss = (alpha * log_prob - q).mean()  # log_prob, q: (samples, batch)
+        q = self.critic.min_q(batch.obs, action)
+        actor_loss = (alpha * log_prob - q).mean()
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
 
-        # ---- guidance: the KL term of L_CUP, Eq. 11. Alg. 1 chooses pi_g before the critic's
-        # step; here the actor's q serves for both
-        if guide:
-            entropy_weight = alpha if args.soft_advantage else 0.0
-            kl_loss, states = guidance_loss(
-                self.critic.min_q, batch.obs, mean, log_std, batch.source_mean,
-                batch.source_log_std, noise, q, log_prob, entropy_weight, args.beta1, args.beta2,
+        # ---- guidance: the KL term of L_CUP, Eq. 11, after the critic's step: the actor's q serves
+        if self.sources:
+            kl_loss, per_state = guidance_loss(
+                critic=self.critic.min_q, obs=batch.obs, mean=mean, log_std=log_std,
+                source_mean=batch.source_mean, source_log_std=batch.source_log_std, noise=noise,
+                q=q, log_prob=log_prob, alpha=alpha if self.args.soft_advantage else 0.0,
+                beta1=self.args.beta1 if guide else 0.0, beta2=self.args.beta2,
             )
             actor_loss = actor_loss + kl_loss
             info["loss/kl"] = kl_loss.detach()
-            info["guidance/weight"] = states["weight"].mean()
-            info["guidance/kl"] = states["kl"].mean()
-            advantages = states["advantage"].mean(dim=0)  # (n + 1,)
-            for k, name in enumerate([*self.sources, "target"]):
-                info[f"guidance/selected/{name}"] = (states["guidance"] == k).float().mean()
-                info[f"guidance/advantage/{name}"] = advantages[k]
+            info["guidance/weight"] = per_state["weight"].mean()
+            info["guidance/kl"] = per_state["kl"].mean()
+            for k, name in enumerate([*self.source_names, "target"]):  # the paper's Figs. 3 and 4
+                share = (per_state["guidance"] == k).float().mean()
+                info[f"guidance/selected/{name}"] = share
+                info[f"guidance/advantage/{name}"] = per_state["advantage"][:, k].mean()
 
-        self.actor_optimizer.minimize(actor_loss)  # through the critic, which stays as it is
+        self.minimize(actor_loss, self.actor_optimizer)  # through the critic, which stays as it is
 
         # ---- entropy weight: L_entropy, Eq. 3
         entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-        self.alpha_optimizer.minimize(alpha_loss)
+        self.minimize(alpha_loss, self.alpha_optimizer)
 
         # ---- target critic
         with torch.no_grad():
             for target, online in zip(self.target_critic.parameters(), self.critic.parameters()):
-                target.lerp_(online, args.tau)
+                target.lerp_(online, self.args.tau)
         return info | {"alpha": alpha, "entropy": entropy}
 
-    def fit_standardization(self) -> None:
-        """Fix how the networks see observations, by the states in the replay buffer."""
-        for network in (self.actor, self.critic, self.target_critic):
-            network.standardize.fit(self.buffer.obs())
+    def get_extra_state(self) -> dict:  # what `state_dict` holds beside the weights
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        rows = [column[: self.buffer.size].clone() for column in self.buffer.columns]
+        return {"optimizers": optimizers, "rows": rows, "position": self.buffer.position}
+
+    def set_extra_state(self, state: dict) -> None:
+        for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        self.buffer.add(state["rows"])
+        self.buffer.position = state["position"]
 
 
-# ---- policy files --------------------------------------------------------------------------------
+class ReplayBuffer:
+    """The replay buffer D: a preallocated column for each field of `batch_type`."""
+    def __init__(self, capacity: int, batch_type: type = Batch):
+        self.capacity, self.batch_type = capacity, batch_type
+        self.columns, self.size, self.position = [], 0, 0
+
+    def add(self, batch: NamedTuple) -> None:
+        """Store transitions; the oldest make room."""
+        if not self.columns:  # shapes, dtypes and device are those of the first transitions
+            self.columns = [values.new_empty(self.capacity, *values.shape[1:]) for values in batch]
+        index = (self.position + torch.arange(len(batch[0]))) % self.capacity
+        for column, values in zip(self.columns, batch, strict=True):
+            column[index] = values
+        self.position = (self.position + len(index)) % self.capacity
+        self.size = min(self.size + len(index), self.capacity)
+
+    def sample(self, batch_size: int) -> NamedTuple:
+        """A uniform minibatch."""
+        index = torch.randint(self.size, (batch_size,), device=self.columns[0].device)
+        return self.batch_type(*(column[index] for column in self.columns))
+
+
+# ---- environment ---------------------------------------------------------------------------------
+def derive_seed(*numbers: int) -> int:
+    """One seed of 32 bits from several numbers. (5,) and (5, 0) collide: use equal lengths."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class RecordSuccess(gym.Wrapper):
+    """Leaves in `info`, at an episode's end, its return and its success alone.
+
+    Success is 1 if any step reports one, 0 if none does, and NaN if no step says anything of it."""
+    success = np.nan
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = super().step(action)
+        success = info.get("success", info.get("is_success"))
+        if success is not None:
+            self.success = np.fmax(self.success, float(bool(success)))
+        scores = {}
+        if terminated or truncated:
+            scores = {"return": float(info["episode"]["r"]), "success": float(self.success)}
+            self.success = np.nan
+        return obs, reward, terminated, truncated, scores
+
+
+def make_env(env_id: str, seed: int, **options) -> gym.Env:
+    """An environment with flat observations, actions in [-1, 1] and `RecordSuccess`.
+
+    Meta-World tasks, `-v2` or `-v3`, follow the paper's protocol: the goal is visible and drawn
+    anew for every episode; the reward is v2's; 500 steps, then truncation. Give the first `reset`
+    the same seed. Raises UserError for a wrong id and for spaces that CUP cannot learn in."""
+    from metaworld import ALL_V3_ENVIRONMENTS as tasks  # v2's tasks have the name v3 there
+
+    task = env_id.replace("-v2", "-v3")
+    try:
+        if task in tasks:
+            env = tasks[task](reward_function_version="v2", **options)
+            env._partially_observable = False  # show the goal in the observation, ...
+            del env.sawyer_observation_space  # ... which cached bounds would clip to zero
+            env._freeze_rand_vec = False  # a new goal for every episode, ...
+            env.seeded_rand_vec = env._set_task_called = True  # ... from a generator of its own
+            env.seed(seed)  # it ignores the seed of `reset`
+        else:
+            env = gym.make(env_id, **options)
+        env = gym.wrappers.FlattenObservation(env)
+    except Exception as error:  # an environment's own code may raise anything
+        close = [name.replace("-v3", "-v2") for name in difflib.get_close_matches(task, tasks)]
+        raise UserError(f"cannot make {env_id!r}: {error!r}; Meta-World has {close}") from error
+    space = env.action_space
+    is_real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+    if not (is_real and np.abs([space.low, space.high]).max() < 1e10):  # 1e38 is no bound
+        raise UserError(f"{env_id} has actions {space}: CUP needs a Box of bounded, real numbers")
+
+    def rescale(action: np.ndarray) -> np.ndarray:
+        center, half_range = (space.high + space.low) / 2, (space.high - space.low) / 2
+        scaled = center + half_range * action.reshape(space.shape)
+        return np.clip(scaled, space.low, space.high, dtype=space.dtype)  # rounding may leave them
+
+    unit_box = gym.spaces.Box(-1, 1, (space.low.size,), np.float32)
+    env = gym.wrappers.TransformAction(env, rescale, unit_box)
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
+    return RecordSuccess(gym.wrappers.RecordEpisodeStatistics(env))
+
+
 def save(content: dict, path: Path) -> None:
     """torch.save, then rename: `path` holds the old content or the new, never a half."""
-    partial = path.with_suffix(".tmp")
-    try:
-        torch.save(content, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); what it held is intact") from error
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(content, file)
+    path.with_suffix(".tmp").replace(path)
 
 
 def policy_content(actor: Actor, **about) -> dict:
-    """What a policy file holds, as torch.save writes it.
-
-    `actor`: the arguments of `Actor`. `weights`: "standardize.shift", "standardize.scale"
-    (obs_dim,), by which the network sees obs * scale + shift; then "net.0.weight"
-    (hidden, obs_dim), "net.0.bias" and so on by twos, with ReLU between; the last layer's rows are
-    the means', then the log-stds', before they are bounded. The rest is `about` the policy:
-    env_id, step, return, success_rate.
-    """
+    """What a policy file holds; sources/README.md documents the format."""
     names = ("obs_dim", "action_dim", "hidden_sizes", "mean_bound", "log_std_min", "log_std_max")
-    weights = {name: tensor.cpu().clone() for name, tensor in actor.state_dict().items()}
-    return {"actor": {name: getattr(actor, name) for name in names}, **about, "weights": weights}
+    arguments = {name: getattr(actor, name) for name in names}
+    return {"actor": arguments, "weights": actor.state_dict(), **about}
 
 
 def load_policy(path: str | Path) -> Actor:
-    """The frozen actor of a policy file: `mean, log_std = actor(obs)`, both before the tanh.
-
-    `about` is what the file says of itself. Nothing in it is executed. Raises UserError for
-    anything but a whole, finite policy.
-    """
+    """The frozen actor of a policy file, which can run no code; `about`: the rest of the file."""
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load skips the checksums
-            raise ValueError(f"{damaged} in it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-            actor = Actor(**content["actor"])
-        actor.load_state_dict(content["weights"], assign=True)
-        actor.float().requires_grad_(False)
-        actor.about = {k: v for k, v in content.items() if k not in ("actor", "weights")}
-        tensors = [*actor.state_dict().values(), *actor(torch.zeros(actor.obs_dim))]
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise ValueError("a weight or a bound is not finite")
-    except FileNotFoundError:
-        raise UserError(f"there is no policy file {path}: see sources/ for some") from None
-    except Exception as error:  # whatever else is wrong with the file
-        reason = "it may hold code" if isinstance(error, pickle.UnpicklingError) else repr(error)
-        raise UserError(f"{path} is not a policy file: {reason}") from error
-    return actor
+        actor = Actor(**content.pop("actor"))
+        actor.load_state_dict(content.pop("weights"))
+    except Exception as error:  # whatever is wrong with the file
+        raise UserError(f"{path} is not a policy file ({type(error).__name__})") from error
+    actor.about = content
+    return actor.requires_grad_(False)
 
 
-def check_sizes(path: str | Path, actor: Actor, env_id: str, sizes: tuple[int, ...]) -> None:
-    ours = (actor.obs_dim, actor.action_dim)
-    if ours != sizes:
-        reason = f"{path} has observation and action sizes {ours}, but {env_id} has {sizes}"
-        raise UserError(f"{reason}: name one that fits, or as a source none (--sources alone)")
-
-
-def load_sources(args: Args, obs_dim: int, action_dim: int, device="cpu") -> dict[str, Actor]:
-    """Source policies by name. Raises UserError for one that does not fit the task.
-
-    It draws none of the run's random numbers: with the same seed, CUP and SAC begin with the
-    same networks, the same random actions and the same goals.
-    """
+def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
+    """Source policies by name. Raises UserError for one that does not fit the task."""
     sources = {}
-    with torch.random.fork_rng([0] if args.cuda else []):
-        for k in range(args.num_random_sources):
-            torch.manual_seed(derive_seed(args.seed, 3, k))
-            sources[f"random-{k + 1}"] = Actor(obs_dim, action_dim, args.hidden_sizes).to(device)
+    for k in range(args.num_random_sources):
+        torch.manual_seed(derive_seed(args.seed, 3, k))  # not the seed of the learner's networks
+        sources[f"random-{k + 1}"] = Actor(obs_dim, action_dim, args.hidden_sizes)
     for path in map(Path, args.sources):
         actor = load_policy(path)
-        check_sizes(path, actor, args.env_id, (obs_dim, action_dim))
+        theirs, ours = (actor.obs_dim, actor.action_dim), (obs_dim, action_dim)
+        if theirs != ours:
+            raise UserError(f"{path} has observation and action sizes {theirs}, the task {ours}")
         # runs/x/policy.pt goes by the name of its run; a name that is taken gets a suffix
         name = path.absolute().parent.name if path.stem == "policy" else path.stem
         while name in (*sources, "target"):
             name += "-2"
-        sources[name] = actor.to(device)
+        sources[name] = actor
     return sources
 
 
 # ---- evaluation and training ---------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(
-    actor: Actor, env: SeededEpisodes, episodes: int, first_episode: int = 0, sample: bool = False
-) -> np.ndarray:
-    """Return and success (2, episodes) of the mean action, or of sampled ones.
-
-    `first_episode` is the number of the first, which decides its goal.
-    """
-    device, results = next(actor.parameters()).device, []
-    env.start_at = first_episode, ()
-    for _ in range(episodes):
-        obs, ended = env.reset()[0], False
-        while not ended:
-            mean, log_std = actor(torch.as_tensor(obs[None], device=device))  # a batch of one
-            noise = torch.randn_like(mean) if sample else torch.zeros_like(mean)
-            action, _ = squash(mean, log_std, noise)
-            obs, _, terminated, truncated, info = env.step(action[0].cpu().numpy())
-            ended = terminated or truncated
-        results.append([info["return"], info["success"]])
-    return np.array(results).T
-
-
-def load_checkpoint(args: Args, method: str, run_dir: Path) -> dict:
-    """The checkpoint to go on with; empty for a new run. Raises UserError if it does not fit."""
-    if any(run_dir.glob("*")) and not args.resume:
-        raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
-    if not (run_dir / "checkpoint.pt").exists():
-        return {}
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
-        started_with = checkpoint["args"] | {"method": checkpoint["method"]}
-    except Exception as error:  # whatever is wrong with the file
-        raise UserError(f"{run_dir}/checkpoint.pt is damaged ({type(error).__name__})") from error
-    may_differ = ("total_timesteps", "checkpoint_interval", "run_dir", "resume", "cuda", "threads",
-                  "tensorboard", "track")
-    for name, value in (asdict(args) | {"method": method}).items():
-        before = started_with.get(name)
-        if name == "sources":  # by folder and file: a run may move, and its sources with it
-            value, before = ([Path(x).parts[-2:] for x in paths] for paths in (value, before))
-        if value != before and name not in may_differ:
-            raise UserError(f"{run_dir} was started with {name} = {before}, not {value}")
-    return checkpoint
-
-
-class Logger:
-    """What a run logs: metrics.csv, TensorBoard, Weights & Biases, and a line of progress."""
-
-    def __init__(self, args: Args, run_dir: Path, checkpoint: dict):
-        self.rows, self.wandb_id = checkpoint.get("rows", []), checkpoint.get("wandb_id")
-        self.args, self.run_dir, self.columns, self.tensorboard = args, run_dir, {}, None
-        self.last = self.rows[-1] if self.rows else {"step": 0, "time/seconds": 0}
-        if args.tensorboard or args.track:
-            from torch.utils.tensorboard import SummaryWriter
-            if args.track:  # it gets what TensorBoard gets
-                import wandb
-                about = {"project": "cup", "name": run_dir.name, "config": asdict(args)}
-                wandb.init(id=self.wandb_id, resume="allow", sync_tensorboard=True, **about)
-                self.wandb_id = wandb.run.id
-            self.tensorboard = SummaryWriter(run_dir, purge_step=self.last["step"] + 1)
-        self.start = time.monotonic() - checkpoint.get("seconds", 0)
-
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Add a row."""
-        seconds = time.monotonic() - self.start
-        rate = (step - self.last["step"]) / (seconds - self.last["time/seconds"])
-        row = {"step": step, "time/seconds": seconds, "time/steps_per_second": rate} | row
-        row = {name: value for name, value in row.items() if not math.isnan(value)}
-        if not row.keys() <= self.columns.keys():  # it brings a column: the file begins anew
-            self.columns = dict.fromkeys(name for row in (*self.rows, row) for name in row)
-            self.file = open(self.run_dir / "metrics.csv", "w", newline="")
-            self.csv = csv.DictWriter(self.file, self.columns)
-            self.csv.writeheader()
-            self.csv.writerows(self.rows)
-        self.csv.writerow(row)
-        self.file.flush()
-        self.rows.append(row)  # once it is on the disk: a checkpoint may follow a full one
-        self.last = row
-        if self.tensorboard:
-            for name, value in row.items():
-                self.tensorboard.add_scalar(name, value, step)
-        shown = ("train/", "eval/", "guidance/selected/")
-        scores = [f"{name} {row[name]:.3g}" for name in row if name.startswith(shown)]
-        minutes = (self.args.total_timesteps - step) / rate / 60
-        print(f"{step:,} steps, {minutes:.0f} min left", *scores, sep=", ", flush=True)
+def evaluate(actor: Actor, env_id: str, episodes: int, seed: int) -> list[tuple[float, float]]:
+    """Return and success of every episode, by the mean action."""
+    env, device, scores = make_env(env_id, seed), next(actor.parameters()).device, []
+    for episode in range(episodes):
+        obs, info = env.reset(seed=None if episode else seed)[0], {}
+        while not info:  # the last step of an episode has it
+            mean, _ = actor(torch.as_tensor(obs[None], device=device))  # a batch of one
+            obs, _, _, _, info = env.step(torch.tanh(mean)[0].cpu().numpy())
+        scores.append((info["return"], info["success"]))
+    env.close()
+    return scores
 
 
 def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     """Alg. 1, from the start or from a checkpoint; another method brings its own agent."""
-    method = "cup" if args.sources or args.num_random_sources else "sac"
-    method = method if agent_class is Agent else agent_class.__name__.lower()
-    if args.compile and agent_class is not Agent:
-        raise UserError(f"--compile knows the update of cup.py, and not that of {method}: drop it")
-    name = f"{args.env_id}__{method}__{args.seed}".replace(":", "-").replace("/", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    checkpoint = load_checkpoint(args, method, run_dir)
-    device = torch.device("cuda" if args.cuda else "cpu")
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments become denormal numbers, which are slow
-    signals = []
-
-    def on_signal(number, _):
-        signals.append(number)  # heeded after this step or evaluation; a second ends it at once
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
-    # streams 0 and 1 of the seed: no evaluation goal is ever a training goal
-    envs = make_envs(args.env_id, args.num_envs, args.seed, 0)
-    eval_env = make_env(args.env_id, derive_seed(args.seed, 1, 0))
-    if eval_env.spec and not eval_env.spec.max_episode_steps:
-        print(f"warning: {args.env_id} has no time limit (gymnasium.wrappers.TimeLimit sets one): "
-              "an evaluation lasts as long as its episodes", file=sys.stderr)
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    sources = load_sources(args, obs_dim, action_dim, device)
-    agent = agent_class(args, obs_dim, action_dim, sources, device)
-    step = checkpoint.get("step", 0)  # environment steps so far
-    info = checkpoint.get("info", {})  # what the last update returned
-    recent = checkpoint.get("recent", [])  # return and success of the last training episodes
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        torch.manual_seed(derive_seed(args.seed, 6, step))  # for the GPU, whose state isn't saved
-        torch.set_rng_state(checkpoint["rng_state"])
-        envs.set_attr("start_at", checkpoint["episodes"])
-    obs = torch.as_tensor(envs.reset()[0], device=device)
-    logger = Logger(args, run_dir, checkpoint)
-    del checkpoint  # it is mapped into memory: its file would keep its place on the disk
+    device = torch.device("cuda" if args.cuda else "cpu")
+    env = make_env(args.env_id, seed=0)
+    torch.set_default_dtype(torch.float32)  # whatever the environment's module has set
+    (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    limit = getattr(env.unwrapped.spec, "max_episode_steps", 500)  # Meta-World's has no spec
+    if limit and limit * args.num_envs > args.checkpoint_interval:
+        raise UserError(f"episodes of {limit} steps do not fit into --checkpoint-interval")
+    sources = load_sources(args, obs_dim, action_dim)
+    method = "cup" if sources else "sac"
+    method = method if agent_class.__name__ == "Agent" else agent_class.__name__.lower()
+    name = f"{args.env_id}__{method}__{args.seed}"
+    run_dir = Path(args.run_dir or f"runs/{name}").expanduser()
+    if any(run_dir.glob("*")) and not args.resume:
+        raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "tyro")
-    settings = {"args": asdict(args), "versions": {name: version(name) for name in packages}}
-    (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    try:  # the lock ends with the process
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process trains in {run_dir}") from None
+    run = {"name": name, "step": 0, "updates": 0, "seconds": 0.0, "episodes": [], "csv_size": 0}
+    if (run_dir / "checkpoint.pt").exists():
+        run = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+    elif (run_dir / "metrics.csv").exists():
+        raise UserError(f"{run_dir} has lost its checkpoint.pt: choose another --run-dir")
+    if run["name"] != name:
+        raise UserError(f"{run_dir} holds the run {run['name']}: choose another --run-dir")
+    step, updates = run["step"], run["updates"]  # environment steps and updates so far
+    episodes = run["episodes"]  # return and success of every training episode
+    torch.manual_seed(derive_seed(args.seed, 2, 0))  # CUP and SAC begin with the same networks
+    agent = agent_class(args, obs_dim, action_dim, sources, device)
+    if step > 0:
+        agent.load_state_dict(run.pop("agent"))
+    about = {"args": asdict(args), "packages": {x.name: x.version for x in distributions()}}
+    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    metrics = open(run_dir / "metrics.csv", "a", buffering=1, newline="", encoding="utf-8")
+    metrics.seek(metrics.truncate(run["csv_size"]))  # later rows will come again
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
-
-    def save_checkpoint():
-        if not all(math.isfinite(value) for value in info.values()):
-            return  # the one before is better
-        state = {
-            "args": asdict(args), "method": method, "step": step, "recent": recent[-20:],
-            "rows": logger.rows, "wandb_id": logger.wandb_id,
-            "seconds": time.monotonic() - logger.start,
-            "info": {name: float(value) for name, value in info.items()},
-            "agent": agent.state_dict(), "rng_state": torch.get_rng_state(),
-            "episodes": [(env.episode, env.actions) for env in envs.envs],
-        }
-        save(state, run_dir / "checkpoint.pt")
-
-    def due(interval):  # was a multiple of `interval` among the steps just taken?
-        return step % interval < args.num_envs
-
-    try:
-        while not signals:
-            for name, value in info.items():
-                if name.startswith("loss/") and not math.isfinite(value):
-                    raise UserError(f"{name} is {value} at step {step:,}; the checkpoint is older")
-
-            # ---- evaluate, log, save
-            row, is_last = {}, step >= args.total_timesteps
-            is_new = step > logger.last["step"]  # not so if the checkpoint holds this step's row
-            if is_new and (is_last or due(args.eval_interval)):
-                # the step as first episode's number: new goals for every evaluation
-                scores = evaluate(agent.actor, eval_env, args.eval_episodes, step)
-                row["eval/return"], row["eval/success_rate"] = scores.mean(axis=1).tolist()
-                about = {"return": row["eval/return"], "success_rate": row["eval/success_rate"]}
-                policy = policy_content(agent.actor, env_id=args.env_id, step=step, **about)
-                # as a source it will ignore what its own task has never shown
-                policy["weights"]["standardize.scale"] *= (agent.buffer.obs() != 0).any(dim=0).cpu()
-                save(policy, run_dir / "policy.pt")
-            if is_new and (row or due(args.log_interval)):
-                if recent:
-                    means = np.mean(recent[-20:], axis=0)
-                    row["train/return"], row["train/success_rate"] = means.tolist()
-                logger.log(step, row | {name: float(value) for name, value in info.items()})
-                info = {}
+    as_obs = partial(torch.tensor, dtype=torch.float64, device=device)
+    start, info = time.monotonic() - run["seconds"], {}
+    while True:
+        # ---- checkpoint: from here on an unbroken run and a resumed one are the same
+        is_last = step >= args.total_timesteps
+        if is_last or step % args.checkpoint_interval < args.num_envs:
+            run |= {"step": step, "updates": updates, "csv_size": metrics.tell()}
+            run["seconds"] = time.monotonic() - start
+            save(run | {"agent": agent.state_dict()}, run_dir / "checkpoint.pt")
             if is_last:
                 break
-            if due(args.checkpoint_interval):
-                save_checkpoint()
+            seeds = [derive_seed(args.seed, 0, step, k) for k in range(args.num_envs)]
+            for seed_globally in (random.seed, np.random.seed, torch.manual_seed):
+                seed_globally(seeds[0])
+            makers = [partial(make_env, args.env_id, seed) for seed in seeds]
+            envs = gym.vector.SyncVectorEnv(makers, autoreset_mode="Disabled")
+            obs = as_obs(envs.reset(seed=seeds)[0])
 
-            # ---- act
-            if step < args.learning_starts:
-                action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
-            else:
-                action = agent.act(obs, [len(env.actions) for env in envs.envs])
+        # ---- act, step, store
+        if step < args.learning_starts:
+            action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
+        else:
+            action = agent.act(obs)
+        next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        numbers = torch.tensor(np.array([reward, terminated]), dtype=torch.float32, device=device)
+        agent.store(obs, action, as_obs(next_obs), *numbers)
+        ended = terminated | truncated
+        if ended.any():
+            episodes += zip(infos["return"][ended].tolist(), infos["success"][ended].tolist())
+            next_obs, _ = envs.reset(options={"reset_mask": ended})
+        obs = as_obs(next_obs)
+        step += args.num_envs
 
-            # ---- learn, from what is stored so far: this step's transitions come after
-            next_step = step + args.num_envs
-            if step < args.learning_starts <= next_step:  # once
-                agent.fit_standardization()
-            updates_before = int(max(step - args.learning_starts, 0) * args.utd_ratio)
-            updates_after = int(max(next_step - args.learning_starts, 0) * args.utd_ratio)
-            for _ in range(updates_after - updates_before):
-                batch = agent.buffer.sample(args.batch_size)
-                info = agent.update(batch, guide=next_step > args.guidance_starts)
+        # ---- learn
+        while updates < (step - args.learning_starts) * args.utd_ratio:
+            if updates == 0:
+                agent.actor.standardize.fit(agent.buffer.columns[0][: agent.buffer.size])
+            batch = agent.buffer.sample(args.batch_size)
+            info = agent.update(batch, guide=step > args.guidance_starts)
+            updates += 1
+        if info and not math.isfinite(info["loss/critic"] + info["loss/actor"]):
+            raise UserError(f"a loss is not finite at step {step:,}: try lower learning rates")
 
-            # ---- step, store
-            next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-            stored = [torch.as_tensor(x, dtype=torch.float32, device=device)
-                      for x in (next_obs, reward, terminated)]
-            agent.store(obs, action, *stored)
-            ended = terminated | truncated
-            if ended.any():
-                recent += np.stack([infos["return"], infos["success"]], axis=1)[ended].tolist()
-                next_obs, _ = envs.reset(options={"reset_mask": ended})
-            step = next_step
-            obs = torch.as_tensor(next_obs, device=device)
-    finally:  # also where an environment failed; this step's updates are then made once more
-        save_checkpoint()
-        envs.close()
-        eval_env.close()
-    if signals:
-        print(f"stopped at step {step:,}: the same command with --resume goes on")
-        sys.exit(128 + signals[0])  # as of a program that a signal has ended
-    print(f"finished {step:,} steps: {run_dir}/policy.pt, {run_dir}/metrics.csv")
-
-
-# ---- command line --------------------------------------------------------------------------------
-def score_policy(args: Args) -> None:
-    """--evaluate: how a policy file does on fresh goals, by mean and by sampled action."""
-    from scipy.stats import binomtest, sem, t  # Meta-World brings it
-
-    actor = load_policy(args.evaluate)
-    env_id = args.env_id or actor.about.get("env_id")
-    # "module:Name" would import a module that a stranger's file chose
-    if not isinstance(env_id, str) or (":" in env_id and not args.env_id):
-        raise UserError(f"{args.evaluate} names no task: choose one with --env-id")
-    env = make_env(env_id, derive_seed(args.seed, 2, 0))
-    check_sizes(args.evaluate, actor, env_id, env.observation_space.shape + env.action_space.shape)
-    print(f"{args.evaluate} on {env_id}, {args.eval_episodes} episodes, 95 % intervals")
-    for name in ("mean", "sampled"):
-        returns, wins = evaluate(actor, env, args.eval_episodes, sample=name == "sampled")
-        half_width = t.ppf(0.975, len(returns) - 1) * sem(returns)
-        line = f"{name} action: return {returns.mean():.1f} +- {half_width:.1f}"
-        if not np.isnan(wins).any():
-            low, high = binomtest(int(wins.sum()), len(wins)).proportion_ci(method="wilson")
-            line += f", success {wins.mean():.2f} [{low:.2f}, {high:.2f}]"
-        print(line)
+        # ---- evaluate, save the policy, log
+        evaluates = step % args.eval_interval < args.num_envs or step >= args.total_timesteps
+        if not info or not (evaluates or step % args.log_interval < args.num_envs):
+            continue
+        scores, seed = [], derive_seed(args.seed, 1, step, 0)  # no training goal
+        if evaluates:
+            scores = evaluate(agent.actor, args.env_id, args.eval_episodes, seed)
+            if type(agent.actor) is Actor:  # another method's may need more than a policy file holds
+                about = {"env_id": args.env_id, "step": step}
+                save(policy_content(agent.actor, **about), run_dir / "policy.pt")
+        has_success = not np.isnan([success for _, success in episodes + scores]).all()
+        row = {"step": step, "time/seconds": time.monotonic() - start}
+        row["time/steps_per_second"] = step / row["time/seconds"]
+        for prefix, some in (("train", episodes[-20:]), ("eval", scores)):
+            returns, success = np.array(some or [(np.nan, np.nan)]).T
+            # once an episode has said something of success, one that says nothing is a failure
+            success = np.nan_to_num(success) if has_success else success
+            row |= {f"{prefix}/return": returns.mean(), f"{prefix}/success_rate": success.mean()}
+        row |= {name: float(value) for name, value in info.items()}
+        table = csv.writer(metrics)
+        if metrics.tell() == 0:
+            table.writerow(row)
+        table.writerow("" if math.isnan(value) else value for value in row.values())
+        minutes = (args.total_timesteps - step) / row["time/steps_per_second"] / 60
+        shown = [f"{key} {row[key]:.3g}" for key in list(row)[3:7] if not math.isnan(row[key])]
+        print(f"{step:,} steps, {minutes:.0f} min left", *shown, sep=", ", flush=True)
+    print(f"finished {step:,} steps: see {run_dir}")
 
 
 def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> None:
+    """The command line, of cup.py or of another method with its own arguments and agent."""
     try:
-        args = tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
-        torch.set_num_threads(args.threads)
-        torch.manual_seed(args.seed)
-        if args.evaluate:
-            score_policy(args)
-        else:
-            train(args, agent_class)
+        train(tyro.cli(args_class, description=sys.modules["__main__"].__doc__), agent_class)
     except (UserError, OSError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped: with --resume the same command goes on from the last checkpoint")
         sys.exit(130)
 
 
