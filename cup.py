@@ -519,9 +519,9 @@ def load_sources(args: Args, obs_dim: int, action_dim: int) -> dict[str, Actor]:
 
 # ---- evaluation and training ---------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(actor: Actor, env_id: str, episodes: int, seed: int) -> list[tuple[float, float]]:
+def evaluate(actor, env_id: str, episodes: int, seed: int, device="cpu") -> list[tuple]:
     """Return and success of every episode, by the mean action."""
-    env, device, scores = make_env(env_id, seed), next(actor.parameters()).device, []
+    env, scores = make_env(env_id, seed), []
     for episode in range(episodes):
         obs, info = env.reset(seed=None if episode else seed)[0], {}
         while not info:  # the last step of an episode has it
@@ -622,8 +622,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             continue
         scores, seed = [], derive_seed(args.seed, 1, step, 0)  # no training goal
         if evaluates:
-            scores = evaluate(agent.actor, args.env_id, args.eval_episodes, seed)
-            if type(agent.actor) is Actor:  # another method's may need more than a policy file holds
+            scores = evaluate(agent.actor, args.env_id, args.eval_episodes, seed, device)
+            if type(agent.actor) is Actor:  # of another method, it may be more than a file holds
                 about = {"env_id": args.env_id, "step": step}
                 save(policy_content(agent.actor, **about), run_dir / "policy.pt")
         has_success = not np.isnan([success for _, success in episodes + scores]).all()
