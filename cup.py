@@ -99,8 +99,8 @@ def mlp(*sizes: int) -> nn.Sequential:
 class Standardize(nn.Module):
     """obs (..., obs_dim) with mean 0 and a standard deviation of at most 1, by `fit`.
 
-    Meta-World's observations are in metres, and centimetres matter. It takes float64: in float32 a
-    Unix time would be a constant. A column that has only ever been zero is ignored, so a source
+    Meta-World's observations are in metres, and centimetres matter. float64, because in float32 a
+    Unix time would be a constant. A column is ignored until a value in it is not zero, so a source
     ignores what its own task never shows."""
     def __init__(self, obs_dim: int):
         super().__init__()
@@ -110,8 +110,8 @@ class Standardize(nn.Module):
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
         std = obs.std(dim=0, correction=0)
-        # at least 0.1, or the noise of a column that hardly moves would be enlarged too far; where
-        # every column moves less than that, the one that moves most sets the measure
+        # at least 0.1, or the noise of a column that hardly moves would become large; if every
+        # column moves less than that, the one that moves most sets the measure
         floor = min(0.1, std.max().item()) or 0.1
         self.scale.copy_((obs != 0).any(dim=0) / std.clamp(min=floor))
         self.shift.copy_(-obs.mean(dim=0) * self.scale)
@@ -141,9 +141,8 @@ class Actor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.net(self.standardize(obs)).chunk(2, dim=-1)
         mean = self.mean_bound * torch.tanh(mean / self.mean_bound)
-        middle = (self.log_std_max + self.log_std_min) / 2
         half_range = (self.log_std_max - self.log_std_min) / 2
-        return mean, middle + half_range * torch.tanh(log_std / half_range)
+        return mean, self.log_std_min + half_range * (1 + torch.tanh(log_std / half_range))
 
 
 class TwinCritic(nn.Module):
@@ -212,8 +211,7 @@ def kl_divergence(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: 
     the closed-form KL of the two Gaussians before it."""
     log_ratio = log_std_p - log_std_q
     distance = (mean_p - mean_q) / log_std_q.exp()
-    kl = 0.5 * ((2 * log_ratio).exp() + distance.square() - 1) - log_ratio
-    return kl.sum(dim=-1)
+    return (0.5 * ((2 * log_ratio).exp() + distance.square() - 1) - log_ratio).sum(dim=-1)
 
 
 def guidance_loss(
@@ -331,12 +329,10 @@ class Agent(nn.Module):
 
         With guide=False, without sources, or with --beta1 0 it is SAC, bit for bit."""
         alpha = self.log_alpha.detach().exp()
-
         # ---- critic: L_critic, Eq. 3
         td_error = self.critic(batch.obs, batch.action) - self.td_target(batch, alpha)  # (2, batch)
         critic_loss = td_error.square().mean(dim=1).sum()
         self.minimize(critic_loss, self.critic_optimizer)
-
         # ---- actor: L_actor, Eq. 3
         mean, log_std = self.actor(batch.obs)
         noise = torch.randn_like(mean)
@@ -344,7 +340,6 @@ class Agent(nn.Module):
         q = self.critic.min_q(batch.obs, action)
         actor_loss = (alpha * log_prob - q).mean()
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
-
         # ---- guidance: the KL term of L_CUP, Eq. 11, after the critic's step: the actor's q serves
         if self.sources:
             kl_loss, per_state = guidance_loss(
@@ -358,17 +353,13 @@ class Agent(nn.Module):
             info["guidance/weight"] = per_state["weight"].mean()
             info["guidance/kl"] = per_state["kl"].mean()
             for k, name in enumerate([*self.source_names, "target"]):  # the paper's Figs. 3 and 4
-                share = (per_state["guidance"] == k).float().mean()
-                info[f"guidance/selected/{name}"] = share
+                info[f"guidance/selected/{name}"] = (per_state["guidance"] == k).float().mean()
                 info[f"guidance/advantage/{name}"] = per_state["advantage"][:, k].mean()
-
         self.minimize(actor_loss, self.actor_optimizer)  # through the critic, which stays as it is
-
         # ---- entropy weight: L_entropy, Eq. 3
         entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         self.minimize(alpha_loss, self.alpha_optimizer)
-
         # ---- target critic
         with torch.no_grad():
             for target, online in zip(self.target_critic.parameters(), self.critic.parameters()):
@@ -416,9 +407,8 @@ def derive_seed(*numbers: int) -> int:
 
 
 class RecordSuccess(gym.Wrapper):
-    """Leaves in `info`, at an episode's end, its return and its success alone.
-
-    Success is 1 if any step reports one, 0 if none does, and NaN if no step says anything of it."""
+    """`info` is empty, but at an episode's end it holds the episode's return and success: 1 if any
+    step reports a success, 0 if none does, NaN if no step says anything of it."""
     success = np.nan
 
     def step(self, action: np.ndarray):
@@ -440,7 +430,6 @@ def make_env(env_id: str, seed: int, **options) -> gym.Env:
     anew for every episode; the reward is v2's; 500 steps, then truncation. Give the first `reset`
     the same seed. Raises UserError for a wrong id and for spaces that CUP cannot learn in."""
     from metaworld import ALL_V3_ENVIRONMENTS as tasks  # v2's tasks have the name v3 there
-
     task = env_id.replace("-v2", "-v3")
     try:
         if task in tasks:
@@ -465,7 +454,6 @@ def make_env(env_id: str, seed: int, **options) -> gym.Env:
         center, half_range = (space.high + space.low) / 2, (space.high - space.low) / 2
         scaled = center + half_range * action.reshape(space.shape)
         return np.clip(scaled, space.low, space.high, dtype=space.dtype)  # rounding may leave them
-
     unit_box = gym.spaces.Box(-1, 1, (space.low.size,), np.float32)
     env = gym.wrappers.TransformAction(env, rescale, unit_box)
     env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
@@ -590,7 +578,6 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             makers = [partial(make_env, args.env_id, seed) for seed in seeds]
             envs = gym.vector.SyncVectorEnv(makers, autoreset_mode="Disabled")
             obs = as_obs(envs.reset(seed=seeds)[0])
-
         # ---- act, step, store
         if step < args.learning_starts:
             action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
@@ -605,7 +592,6 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             next_obs, _ = envs.reset(options={"reset_mask": ended})
         obs = as_obs(next_obs)
         step += args.num_envs
-
         # ---- learn
         while updates < (step - args.learning_starts) * args.utd_ratio:
             if updates == 0:
@@ -615,7 +601,6 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             updates += 1
         if info and not math.isfinite(info["loss/critic"] + info["loss/actor"]):
             raise UserError(f"a loss is not finite at step {step:,}: try lower learning rates")
-
         # ---- evaluate, save the policy, log
         evaluates = step % args.eval_interval < args.num_envs or step >= args.total_timesteps
         if not info or not (evaluates or step % args.log_interval < args.num_envs):

@@ -18,8 +18,9 @@ def random_batch(
         return torch.randn(size, *shape, generator=rng)
 
     obs, next_obs, action = normal(obs_dim), normal(obs_dim), normal(action_dim).tanh()
-    reward, terminated = normal(), (normal() > 1).to(obs.dtype)
+    reward, terminated = normal(), (normal() > 1).to(action.dtype)
     mean, log_std = normal(num_sources, action_dim), normal(num_sources, action_dim)
+    obs, next_obs = obs.double(), next_obs.double()
     return cup.Batch(obs, next_obs, action, reward, terminated, mean, log_std.clamp(-1.5, 0))
 
 

@@ -5,7 +5,6 @@ import csv
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -21,12 +20,13 @@ CUP = TESTS.parent / "cup.py"
 
 # A run that is small in everything and still learns, logs, evaluates and saves.
 SMALL = "--num-envs 2 --batch-size 8 --buffer-size 2000 --learning-starts 20 --guidance-starts 20"
-SMALL += " --hidden-sizes 16 16 --log-interval 20 --eval-episodes 2 --threads 1 --no-cuda"
+SMALL += " --hidden-sizes 16 16 --log-interval 20 --eval-episodes 2 --threads 1"
 SMALL = SMALL.split()
 
-# 1,000 steps of Pendulum with guidance, about one second after the imports.
+# 1,000 steps of Pendulum with guidance, about two seconds after the imports; a checkpoint after
+# every two episodes of 200 steps in each of the two environments.
 PENDULUM = "--env-id Pendulum-v1 --sources --num-random-sources 2"
-PENDULUM += " --total-timesteps 1000 --eval-interval 500 --checkpoint-interval 40"
+PENDULUM += " --total-timesteps 1000 --eval-interval 500 --checkpoint-interval 400"
 PENDULUM = [*PENDULUM.split(), *SMALL]
 
 
@@ -55,9 +55,9 @@ def run_cup(*arguments, **options) -> subprocess.CompletedProcess:
 def call_cup(*arguments, classes=()) -> subprocess.CompletedProcess:
     """The same in this process, which has made the imports already: there are many of these."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (
         mock.patch.object(sys, "argv", ["cup.py", *map(str, arguments)]),
+        mock.patch.object(cup.fcntl, "flock"),  # its lock would outlive the call
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
@@ -67,8 +67,6 @@ def call_cup(*arguments, classes=()) -> subprocess.CompletedProcess:
             code = stop.code
         finally:
             torch.set_flush_denormal(False)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 

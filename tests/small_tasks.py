@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from by_hand import sac_parameters
-from torch import Tensor
+from torch import Tensor, nn
 
 import cup
 
@@ -38,11 +38,16 @@ def windy_step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return calm_step(state, action, wind=0.03)
 
 
-def pilot(obs: Tensor) -> tuple[Tensor, Tensor]:
+class Pilot(nn.Module):
     """A hand-written controller that brakes and turns home, and knows of no wind."""
-    position, velocity = obs.split(2, dim=1)
-    mean = -(0.1 * position + 0.6 * velocity) @ torch.linalg.pinv(THRUST).T
-    return mean, torch.full_like(mean, -1.5)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        position, velocity = obs.split(2, dim=1)
+        mean = -(0.1 * position + 0.6 * velocity) @ torch.linalg.pinv(THRUST).T
+        return mean, torch.full_like(mean, -1.5)
+
+
+pilot = Pilot()
 
 
 def learn(
@@ -54,11 +59,11 @@ def learn(
         if t % episode == 0:
             obs = first_states(NUM_ENVS)
         if standardize and t == episode:
-            agent.fit_standardization()
+            agent.actor.standardize.fit(agent.buffer.columns[0][: agent.buffer.size])
         if t < episode:
             action = 2 * torch.rand(NUM_ENVS, agent.actor.action_dim) - 1
         else:
-            action = agent.act(obs, [t % episode] * NUM_ENVS)
+            action = agent.act(obs)
             agent.update(agent.buffer.sample(128), guide=t - episode >= guidance_starts)
         next_obs, reward, terminated = step(obs, action)
         agent.store(obs, action, next_obs, reward, terminated)
