@@ -65,11 +65,11 @@ class Args:
     # policy files pi_1 ... pi_n; --sources with nothing after it is SAC (the first line says so)
     sources: tuple[str, ...] = SHIPPED
     num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
-    # weight of the guidance KL, beta_1 in Eq. 12; the authors' code has 7.5; with 10, useless
-    # sources outweighed Q on peg-insert-side
+    # weight of the guidance KL, beta_1 in Eq. 12; the authors' code has 7.5; 10 pulled too hard on
+    # push-wall and pick-place-wall once |V| was large
     beta1: float = 1.0
     # cap on the advantage in that weight as a fraction of |V|, beta_2 in Eq. 12; the authors' code
-    # has 0.003, which was too little on push-wall while |V| was small
+    # has 0.003, with which pick-place-wall learnt nothing in 300,000 steps, while |V| was small
     beta2: float = 0.03
     soft_advantage: bool = False  # entropy term of Eq. 4; rules out all sources if alpha is large
     guidance_starts: int = 5_000  # environment steps before the guidance begins

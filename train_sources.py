@@ -1,23 +1,16 @@
 """Source policies for CUP: trained by cup.py until they succeed, or cloned from a controller.
 
     python train_sources.py                              # reach-v2, push-v2, pick-place-v2
-    python train_sources.py --env-ids coffee-button-v2 drawer-close-v2 --workers 2
     python train_sources.py --env-ids push-wall-v2 --sources sources/push-v2.pt   # by CUP
     python train_sources.py --env-ids push-v2 --from-controller --output-dir cloned
 
-Writes <env-id>.pt into the output directory once a policy succeeds on fresh goals, or, when the
-steps are over, the best of those that were tested, of which the last is one. What is there is
-skipped, and what is unfinished goes on where it stopped: stop it and start it again as you like.
+Writes <env-id>.pt when a policy passes two tests or, after the last step, the best one tested.
 """
 
-import csv
-import re
-import signal
+import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,195 +20,154 @@ import tyro
 
 import cup
 
-HERE = Path(__file__).parent
-SETTINGS = "--eval-episodes 16 --threads 1 --no-cuda"
-# From scratch, what limits learning is how much of the task has been seen, and a step of an
-# environment is cheaper than an update: many environments and few, larger updates. Guidance acts
-# in the updates: with --sources, cup.py's own settings learn faster.
-FROM_SCRATCH = "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --learning-starts 8000"
-FROM_SCRATCH += " --policy-lr 5e-4 --q-lr 5e-4 --eval-interval 50000"
+INTERVAL = 48_000  # steps between tests; episodes of up to 3,000 steps fit in, 16 side by side
+SETTINGS = f"--threads 1 --checkpoint-interval {INTERVAL} --eval-interval {INTERVAL}"
+# SAC has to see much of the task, and steps cost less than updates: many environments, few and
+# large updates. CUP guides in the updates: cup.py's defaults, four times as many, learn faster.
+SAC = "--num-envs 16 --utd-ratio 0.0625 --batch-size 512 --learning-starts 8000"
+SAC += " --policy-lr 5e-4 --q-lr 5e-4"
 
 
 @dataclass
 class Args:
     """Make source policies and write them to the output directory."""
-
-    env_ids: tuple[str, ...] = ("reach-v2", "push-v2", "pick-place-v2")  # tasks to learn
-    seed: int = 1  # seed of every run; try another where a task gets stuck
-    workers: int = 1  # tasks trained at once, one thread each
-    total_timesteps: int = 10_000_000  # environment steps after which a task is given up
-    target_success: float = 0.95  # success rate, with the mean action, that ends a task's training
-    patience: int = 2  # evaluations in a row that must reach the target on average
-    test_episodes: int = 50  # fresh goals on which a policy must then reach the target, twice
+    env_ids: tuple[str, ...] = ("reach-v2", "push-v2", "pick-place-v2")  # a file there is kept
+    seed: int = 1  # seed of every run; try another one where a task is not learnt
+    workers: int = 1  # tasks trained at once, one thread each; controllers are cloned one by one
+    total_timesteps: int = 200 * INTERVAL  # environment steps after which the best policy is taken
+    target_success: float = 0.95  # success rate, by the mean action, that passes a test
+    test_episodes: int = 50  # episodes of a test, each with a goal of its own
     sources: tuple[str, ...] = ()  # policy files to learn from by CUP; none: SAC
-    from_controller: bool = False  # no training: imitate the controller that Meta-World ships
-    output_dir: Path = HERE / "sources"  # where <env-id>.pt goes
-    runs_dir: Path = HERE / "runs"  # where the runs are kept
-
-    def __post_init__(self):
-        if min(self.workers, self.patience, self.test_episodes) < 1:
-            raise ValueError("--workers, --patience and --test-episodes must be positive")
-        if not 0 <= self.target_success <= 1:
-            raise ValueError("--target-success must be between 0 and 1")
+    from_controller: bool = False  # no training: clone the controller that Meta-World ships
+    output_dir: Path = cup.SOURCES  # where <env-id>.pt goes; the runs go to runs/
 
 
-def score(args: Args, env_id: str, actor: cup.Actor, first_episode: int) -> dict:
-    """Mean and sampled actions on fresh goals, those from `first_episode` on."""
-    with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 2, 0))) as env:
-        returns, wins = cup.evaluate(actor, env, args.test_episodes, first_episode)
-        sampled_wins = cup.evaluate(actor, env, args.test_episodes, first_episode, sample=True)[1]
-    rates = {"success_rate": wins.mean().item(), "sampled_success_rate": sampled_wins.mean().item()}
-    return rates | {"return": returns.mean().item(), "eval_episodes": args.test_episodes}
+def score(actor: cup.Actor, env_id: str, episodes: int, seed: int, sample: bool = False):
+    """Return and success, two arrays (episodes,), by the mean action or by sampled actions.
+
+    Success is NaN in all episodes of a task that does not report it."""
+    rng = torch.Generator().manual_seed(seed)  # the global one is shared by the workers
+
+    def act(obs: torch.Tensor):  # evaluate takes the tanh of what comes first
+        mean, log_std = actor(obs)
+        return mean + sample * log_std.exp() * torch.randn(mean.shape, generator=rng), log_std
+
+    returns, success = np.array(cup.evaluate(act, env_id, episodes, seed)).T
+    # an episode that says nothing of success is a failure where another one says something
+    return returns, success if np.isnan(success).all() else np.nan_to_num(success)
 
 
-def write_source(args: Args, env_id: str, actor: cup.Actor, about: dict) -> None:
+def test(args: Args, env_id: str, actor: cup.Actor, k: int, sample: bool = False):
+    """Success rate and mean return of a policy on the k-th set of goals that it has not seen."""
+    seed = cup.derive_seed(args.seed, 5, actor.about["step"], k)
+    returns, success = score(actor, env_id, args.test_episodes, seed, sample)
+    result = f"success {success.mean():.0%}, return {returns.mean():,.0f}"
+    print(f"{env_id}, step {actor.about['step']:,}, test {k + 1}: {result}", flush=True)
+    return success.mean().item(), returns.mean().item()
+
+
+def write_source(args: Args, env_id: str, actor: cup.Actor) -> None:
+    """Write a policy file, with scores on goals that had no part in choosing the policy."""
+    about = {"env_id": env_id, "step": actor.about["step"], "eval_episodes": args.test_episodes}
+    about["sources"] = [Path(source).stem for source in args.sources]
+    about["success_rate"], about["return"] = test(args, env_id, actor, 2)
+    about["sampled_success_rate"], _ = test(args, env_id, actor, 2, sample=True)
     path = args.output_dir / f"{env_id}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     cup.save(cup.policy_content(actor, **about), path)
-    rates = f"{about['success_rate']:.0%}, with sampled actions {about['sampled_success_rate']:.0%}"
-    print(f"wrote {path}: success {rates}, on {about['eval_episodes']} fresh goals", flush=True)
+    print(f"{env_id}: wrote {path}", flush=True)
 
 
-def test(args: Args, env_id: str, run_dir: Path) -> bool:
-    """Score a run's policy on fresh goals and keep the best so far; whether it will do."""
-    actor, best = cup.load_policy(run_dir / "policy.pt"), run_dir / "best.pt"
-    goals = actor.about["step"]  # new ones for every test
-    about = actor.about | {"sources": [Path(source).stem for source in args.sources]}
-    about |= score(args, env_id, actor, goals)
-    if about["success_rate"] >= args.target_success:  # by luck? other goals will tell
-        about |= score(args, env_id, actor, goals + args.test_episodes)
-    rate = about["success_rate"]
-    print(f"{env_id}: tested at step {goals:,}, success {rate:.0%}", flush=True)
-    passed = rate >= args.target_success
-    if passed or not best.exists() or rate > cup.load_policy(best).about["success_rate"]:
-        cup.save(cup.policy_content(actor, **about), best)
-    return passed
+def train(args: Args, env_id: str) -> None:
+    """Run cup.py until a policy passes two tests or the steps are over."""
+    run_dir = Path(f"runs/source__{env_id}__{'cup' if args.sources else 'sac'}__{args.seed}")
+    policy, best, log = run_dir / "policy.pt", run_dir / "best.pt", Path(f"{run_dir}.log")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, cup.__file__, "--env-id", env_id, "--seed", str(args.seed)]
+    command += ["--run-dir", run_dir, "--resume", *SETTINGS.split(), "--sources", *args.sources]
+    command += [*([] if args.sources else SAC.split()), "--total-timesteps"]
+    # go on with the interval of the last policy: its test may be missing
+    last = cup.load_policy(policy).about["step"] if policy.exists() else 1
+    step, passed = (min(last, args.total_timesteps) - 1) // INTERVAL * INTERVAL, False
+    while step < args.total_timesteps and not passed:
+        step = min(step + INTERVAL, args.total_timesteps)
+        with open(log, "a") as out:
+            code = subprocess.run([*command, str(step)], stdout=out, stderr=out).returncode
+        if code != 0:
+            last_line = log.read_text().splitlines()[-1]
+            raise cup.UserError(f"{env_id}: exit code {code}, see {log}: {last_line}")
+        actor = cup.load_policy(policy)
+        rate, mean_return = test(args, env_id, actor, 0)
+        if rate >= args.target_success:  # the first of many policies to pass is often a lucky one
+            rate, mean_return = test(args, env_id, actor, 1)
+            passed = rate >= args.target_success
+        rank = [np.nan_to_num(rate).item(), mean_return]  # by return where success is unknown
+        if passed or not best.exists() or rank > cup.load_policy(best).about["rank"]:
+            cup.save(cup.policy_content(actor, step=actor.about["step"], rank=rank), best)
+    write_source(args, env_id, cup.load_policy(best))
 
 
-def train(args: Args, env_id: str) -> Iterator[None]:
-    """Run cup.py on a task until a policy passes or the steps are over; yields while it runs."""
-    run_dir = args.runs_dir / f"source__{env_id}__{args.seed}"
-    metrics = run_dir / "metrics.csv"
-    command = [sys.executable, HERE / "cup.py", "--env-id", env_id, "--run-dir", run_dir]
-    command += ["--resume", "--seed", str(args.seed), *SETTINGS.split()]
-    command += ["--total-timesteps", str(args.total_timesteps), "--sources", *args.sources]
-    command += [] if args.sources else FROM_SCRATCH.split()
-    process = subprocess.Popen(command)
-    tested_at = 0
-    try:
-        while True:
-            ended = process.poll() is not None  # asked before its last rows are read
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            rows = [row for row in csv.DictReader(lines) if row.get("eval/return")]
-            step = int(rows[-1]["step"]) if rows else 0
-            if ended and (process.returncode != 0 or step < args.total_timesteps):
-                raise cup.UserError(f"{env_id} stopped at step {step:,}: cup.py says why, above")
-            # a task that knows no success has none in its rows
-            recent = [float(row.get("eval/success_rate") or 0) for row in rows[-args.patience :]]
-            ready = len(recent) == args.patience and np.mean(recent) >= args.target_success
-            if ended or (ready and step > tested_at):
-                tested_at = step
-                if test(args, env_id, run_dir) or ended:
-                    best = cup.load_policy(run_dir / "best.pt")
-                    write_source(args, env_id, best, best.about)
-                    return
-            yield
-    finally:
-        process.terminate()  # it writes a checkpoint first
-        process.wait()
-
-
-def metaworld_controller(env_id: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The controller that Meta-World ships for a task: obs (obs_dim,) -> action (action_dim,)."""
-    from metaworld.policies import ENV_POLICY_MAP
-
-    name = re.sub("-v2$", "-v3", env_id)
-    if name not in ENV_POLICY_MAP:
-        raise cup.UserError(f"Meta-World has no controller for {env_id!r}")
-    return ENV_POLICY_MAP[name]().get_action
-
-
-def clone_controller(
-    args: Args, env_id: str, controller: Callable[[np.ndarray], np.ndarray], episodes: int = 100,
-    updates: int = 10_000,
-) -> None:
-    """Write a source that imitates a controller.
+def clone_controller(args: Args, env_id: str, controller, episodes=100, updates=10_000) -> None:
+    """Write a source that imitates a controller: obs (obs_dim,) -> action (action_dim,).
 
     The actions taken are noisy, so that states around the controller's path are seen. Those to
     learn are the controller's own, by their likelihood under the actor's Gaussian before the tanh.
     """
-    generator = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
     observations, actions = [], []
-    with closing(cup.make_env(env_id, cup.derive_seed(args.seed, 0))) as env:
-        for _ in range(episodes):
-            obs, ended = env.reset()[0], False
-            while not ended:
-                action = controller(obs.astype(np.float64)).clip(-1, 1)
-                observations.append(obs)
-                actions.append(action)
-                noisy = action + 0.3 * generator.standard_normal(len(action))
-                noisy = noisy.clip(-1, 1).astype(np.float32)
-                obs, _, terminated, truncated, _ = env.step(noisy)
-                ended = terminated or truncated
-    obs, action = torch.from_numpy(np.stack(observations)), torch.from_numpy(np.stack(actions))
-    pre_tanh = action.float().clamp(-0.98, 0.98).atanh()  # infinite at -1 and 1
+
+    def watch(obs: torch.Tensor):  # evaluate takes the tanh of what comes first
+        observations.append(obs)
+        actions.append(torch.tensor(controller(obs[0].numpy())[None], dtype=torch.float32).clamp(-1, 1))
+        if len(actions) % 5000 == 0: 
+            print(...)
+        noisy = actions[-1] + 0.3 * torch.randn_like(actions[-1])
+        return noisy.clamp(-1, 1).atanh(), None
+
+    cup.evaluate(watch, env_id, episodes, cup.derive_seed(args.seed, 5, 0, 0))
+    obs, pre_tanh = torch.cat(observations).double(), torch.cat(actions).clamp(-0.98, 0.98).atanh()
     # a log-std below -1.5 is taken for -1.5 of a source: see query_sources
-    actor = cup.Actor(obs.shape[1], action.shape[1], (256, 256), log_std_min=-1.5)
+    actor = cup.Actor(obs.shape[1], pre_tanh.shape[1], (256, 256), log_std_min=-1.5)
     actor.standardize.fit(obs)
-    actor.standardize.scale[(obs == 0).all(dim=0)] = 0  # a source ignores what it has never seen
     optimizer = torch.optim.Adam(actor.parameters(), lr=5e-4, fused=True)
-    for _ in range(updates):
+    for update in range(updates):
         index = torch.randint(len(obs), (256,))
         mean, log_std = actor(obs[index])
-        loss = torch.nn.functional.gaussian_nll_loss(mean, pre_tanh[index], (2 * log_std).exp())
+        loss = F.gaussian_nll_loss(mean, pre_tanh[index], (2 * log_std).exp())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    about = {"env_id": env_id, "step": len(obs), "sources": []} | score(args, env_id, actor, 0)
-    write_source(args, env_id, actor, about)
+        if (update + 1) % 1000 == 0:
+            print(f"{env_id}: {update + 1:,} of {updates:,} updates, loss {loss:.2f}", flush=True)
+    actor.about = {"step": len(obs)}
+    write_source(args, env_id, actor)
+
+
+def clone(args: Args, env_id: str) -> None:
+    """`clone_controller` with the controller that Meta-World ships for a task."""
+    from metaworld.policies import ENV_POLICY_MAP as controllers
+
+    task = env_id.replace("-v2", "-v3")
+    if task not in controllers:
+        raise cup.UserError(f"Meta-World has no controller for {env_id}")
+    clone_controller(args, env_id, controllers[task]().get_action)
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    waiting, running, failed = [], [], False
-    for env_id in args.env_ids:
-        path = args.output_dir / f"{env_id}.pt"
-        if path.exists():
-            rate = cup.load_policy(path).about.get("success_rate", np.nan)
-            print(f"finished: {path}, success {rate:.0%}", flush=True)
-        elif args.from_controller:
-            clone_controller(args, env_id, metaworld_controller(env_id))
-        else:
-            waiting.append(train(args, env_id))
+    todo = [x for x in args.env_ids if not (args.output_dir / f"{x}.pt").exists()]
+    print(f"not in {args.output_dir}:", *todo, flush=True)
+    make, workers = (clone, 1) if args.from_controller else (train, args.workers)
+    pool, code = ThreadPoolExecutor(workers), 0
     try:
-        while waiting or running:
-            while waiting and len(running) < args.workers:
-                running.append(waiting.pop(0))
-            for task in list(running):
-                try:
-                    if next(task, "done") == "done":
-                        running.remove(task)
-                except cup.UserError as error:  # the other tasks go on
-                    print(f"train_sources.py: {error}", file=sys.stderr)
-                    running.remove(task)
-                    failed = True
-            time.sleep(1)
-    finally:
-        for task in running:
-            task.close()
-    if failed:
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except cup.UserError as error:
-        print(f"train_sources.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        for task in as_completed([pool.submit(make, args, env_id) for env_id in todo]):
+            try:
+                task.result()
+            except (cup.UserError, OSError) as error:
+                print(f"train_sources.py: {error}", file=sys.stderr, flush=True)
+                code = 2
     except KeyboardInterrupt:
-        print("stopped: the same command goes on")
-        sys.exit(130)
+        print("stopped: the same command", "clones from the start" if ... )
+        os._exit(130)
+    sys.exit(code)

@@ -4,28 +4,27 @@ The target policy's mean is a weighted mean of what the K sources would do, plus
 
     mu(s) = 1/K sum_k theta_k * A_k(s) + F(s)
 
-A_k(s) is source k's action, F a network of its own, and the product is per action dimension.
+A_k(s) is source k's action, F is a network, and the product is per action dimension.
 
     python baselines/multipolar.py --env-id push-wall-v2    # with the shipped source policies
 
-It takes cup.py's arguments; those of the guidance (beta_1, beta_2, ...) mean nothing here.
+It takes cup.py's arguments; those of the guidance (beta_1, beta_2, ...) have no effect.
 
 As in the paper and its released code:
-- theta is (K, action_dim), depends on no state, starts at ones, and has no softmax;
-- A_k is deterministic, and no gradient reaches a source;
-- F and the log-std are heads of one network, which sees the observation alone;
-- theta, F and the log-std learn from SAC's actor loss, with the actor's learning rate; the critic
-  is SAC's, and the aggregate acts from the first step after the random ones.
+- theta is (K, action_dim), does not depend on the state, starts at ones, and has no softmax.
+- A_k is deterministic, and no gradient reaches a source.
+- F and the log-std are two heads of one network, whose input is the observation alone.
+- theta, F and the log-std learn from SAC's actor loss, with the actor's learning rate. The critic
+  is SAC's. The aggregate acts from the first step after the random ones.
 
 Adapted to the SAC of cup.py:
 - The released code puts the sources' *squashed* actions into the mean before the tanh, which
   squashes them again: an action of 0.91 = tanh(1.5) becomes 0.72. Here A_k is the source's mean
-  before the tanh, clipped as in CUP, so that a source is exactly representable.
+  before the tanh, clipped as in CUP, so that the policy can represent a source exactly.
 - F has the soft bound of `cup.Actor`; the sum has none.
 
-The actor is evaluated at s and at s', so an update asks every source twice. Its policy.pt
-is no policy file of cup.py: it holds F and theta, but no sources, and neither --evaluate nor
---sources takes it.
+The actor is evaluated at s and at s', so every update evaluates each source twice. A run writes no
+policy.pt: the policy is F, theta and all sources, and a policy file holds one network.
 """
 
 import sys
@@ -42,42 +41,38 @@ import cup
 @dataclass
 class Args(cup.Args):
     """Train a target policy that aggregates source policies (MULTIPOLAR)."""
-
     def __post_init__(self):
         super().__post_init__()
-        if not (self.sources or self.num_random_sources or self.evaluate):
+        if not (self.sources or self.num_random_sources):
             raise ValueError("MULTIPOLAR aggregates source policies: name some with --sources")
 
 
-class Aggregate(cup.Actor):
+class Aggregate(nn.Module):
     """The target policy: obs (batch, obs_dim) -> mean, log_std (batch, action_dim)."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes, sources: dict):
-        super().__init__(obs_dim, action_dim, hidden_sizes)
-        self.sources = sources  # a dict: the sources are no part of its weights
-        self.theta = nn.Parameter(torch.ones(len(sources), action_dim))
+    def __init__(self, residual: cup.Actor, sources: dict[str, cup.Actor]):
+        super().__init__()
+        self.residual, self.action_dim = residual, residual.action_dim
+        self.standardize = residual.standardize
+        self.sources = nn.ModuleList(sources.values()).requires_grad_(False)
+        self.theta = nn.Parameter(torch.ones(len(sources), self.action_dim))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        residual, log_std = super().forward(obs)  # F(s)
-        with torch.no_grad():
-            # A_k(s), (batch, K, action_dim), before the tanh; log-stds have no part in this
-            action, _ = cup.query_sources(self.sources, obs, self.action_dim)
-        # theta is divided first, and not the sum: theta = K e_k is source k to the last bit
+        residual, log_std = self.residual(obs)  # F(s)
+        # A_k(s), (batch, K, action_dim), before the tanh; the sources' log-stds are not used
+        action, _ = cup.query_sources(self.sources, obs, self.action_dim)
+        # theta is divided, not the sum: with theta = K e_k, source k is exact to the last bit
         aggregate = (self.theta / len(self.sources) * action).sum(dim=1)
         return aggregate + residual, log_std
 
 
 class Multipolar(cup.Agent):
     """SAC with another actor."""
-
     def __init__(self, args: Args, obs_dim: int, action_dim: int, sources: dict, device="cpu"):
         super().__init__(args, obs_dim, action_dim, {}, device)  # no sources: no guidance
-        # F starts as SAC's actor of the same seed, and draws no random numbers
-        with torch.random.fork_rng([0] if args.cuda else []):
-            actor = Aggregate(obs_dim, action_dim, args.hidden_sizes, sources).to(device)
-        actor.load_state_dict(actor.state_dict() | self.actor.state_dict())
-        self.actor = actor
-        self.actor_optimizer = cup.Adam(actor.parameters(), args.policy_lr)
+        self.actor = Aggregate(self.actor, sources).to(device)  # F starts as SAC's actor
+        learnt = [p for p in self.actor.parameters() if p.requires_grad]
+        self.actor_optimizer = torch.optim.Adam(learnt, args.policy_lr, fused=True)
+        self.optimizers[0] = self.actor_optimizer  # the old actor's
         self.theta_names = [f"theta/{name}/{i}" for name in sources for i in range(action_dim)]
 
     def update(self, batch: cup.Batch, guide: bool = True) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Soft Actor-Critic in one script, as anybody may have it, with no thought of cup.py.
+"""Soft Actor-Critic in one script, written without cup.py.
 
-test_paste.py runs it as it is, then pastes CUP's guidance at the three marked places.
+test_sac.py compares cup.py's update with this one. test_paste.py runs the script as it is, and
+again with CUP's guidance pasted at the three marked places.
 """
 
 import copy
@@ -9,41 +10,43 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Normal, TanhTransform
 from torch.nn import functional as F
 
 # <imports>
 
-TOTAL_TIMESTEPS, LEARNING_STARTS, BATCH_SIZE = 400, 100, 64
-GAMMA, TAU, LEARNING_RATE = 0.99, 0.005, 1e-3
+TOTAL_TIMESTEPS, LEARNING_STARTS, BATCH_SIZE = 200, 60, 64
+HIDDEN, GAMMA, TAU, INIT_ALPHA = 64, 0.98, 0.01, 0.3
+POLICY_LR, Q_LR, ALPHA_LR = 1e-3, 5e-4, 1e-2
 
 
 def mlp(inputs, outputs):
-    layers = nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
-    return nn.Sequential(*layers, nn.Linear(64, outputs))
+    layers = nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, outputs))
 
 
 torch.manual_seed(1)
-env = gym.make("Pendulum-v1")
+env = gym.make("Reacher-v5")  # actions in [-1, 1]
 obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-scale = float(env.action_space.high[0])
 
 actor = mlp(obs_dim, 2 * action_dim)
 critics = nn.ModuleList(mlp(obs_dim + action_dim, 1) for _ in range(2))
 targets = copy.deepcopy(critics)
-log_alpha = torch.zeros(1, requires_grad=True)
-learnt = actor.parameters(), critics.parameters(), [log_alpha]
-actor_adam, critic_adam, alpha_adam = (torch.optim.Adam(x, lr=LEARNING_RATE) for x in learnt)
+log_alpha = torch.tensor([np.log(INIT_ALPHA)], requires_grad=True, dtype=actor[0].weight.dtype)
+actor_adam = torch.optim.Adam(actor.parameters(), lr=POLICY_LR)
+critic_adam = torch.optim.Adam(critics.parameters(), lr=Q_LR)
+alpha_adam = torch.optim.Adam([log_alpha], lr=ALPHA_LR)
 
 
 def act(obs):
     mean, log_std = actor(obs).chunk(2, dim=-1)
-    log_std = log_std.clamp(-5, 2)
+    mean, log_std = 3 * torch.tanh(mean / 3), 3.5 * torch.tanh(log_std / 3.5) - 1.5
     noise = torch.randn_like(mean)
     x = mean + log_std.exp() * noise
     action = torch.tanh(x)
-    log_prob = Normal(mean, log_std.exp()).log_prob(x) - torch.log(1 - action**2 + 1e-6)
-    return action, log_prob.sum(dim=1), (mean, log_std, noise)
+    log_prob = Normal(mean, log_std.exp()).log_prob(x)
+    log_prob = log_prob - TanhTransform().log_abs_det_jacobian(x, action)
+    return action, log_prob.sum(dim=-1), (mean, log_std, noise)
 
 
 def twin_q(obs, action, critics=critics):
@@ -63,41 +66,50 @@ def minimise(adam, loss):
 
 # <functions>
 
-buffer, losses = [], []
-obs, _ = env.reset(seed=1)
-for step in range(TOTAL_TIMESTEPS):
-    if step < LEARNING_STARTS:
-        action = 2 * np.random.default_rng(step).random(action_dim, np.float32) - 1
-    else:
-        with torch.no_grad():
-            action = act(torch.as_tensor(obs)[None])[0][0].numpy()
-    next_obs, reward, terminated, truncated, _ = env.step(scale * action)
-    buffer.append((obs, next_obs, action, np.float32(reward), np.float32(terminated)))
-    obs = env.reset()[0] if terminated or truncated else next_obs
-    if step < LEARNING_STARTS:
-        continue
 
-    rows = [buffer[i] for i in torch.randint(len(buffer), (BATCH_SIZE,))]
-    b_obs, b_next_obs, b_action, b_reward, b_terminated = (
-        torch.as_tensor(np.array(column)) for column in zip(*rows, strict=True)
-    )
+def update(obs, next_obs, action, reward, terminated):
+    """One step of gradient descent; returns what a run would log."""
     alpha = log_alpha.exp().item()
-
     with torch.no_grad():
-        next_action, next_log_prob, _ = act(b_next_obs)
-        next_value = torch.min(*twin_q(b_next_obs, next_action, targets)) - alpha * next_log_prob
-        td_target = b_reward + GAMMA * (1 - b_terminated) * next_value
-    critic_loss = sum(F.mse_loss(q, td_target) for q in twin_q(b_obs, b_action))
+        next_action, next_log_prob, _ = act(next_obs)
+        next_value = torch.min(*twin_q(next_obs, next_action, targets)) - alpha * next_log_prob
+        td_target = reward + GAMMA * (1 - terminated) * next_value
+    critic_loss = sum(F.mse_loss(q, td_target) for q in twin_q(obs, action))
     minimise(critic_adam, critic_loss)
 
-    pi, log_prob, (mean, log_std, noise) = act(b_obs)
-    q = min_q(b_obs, pi)
+    pi, log_prob, (mean, log_std, noise) = act(obs)
+    q = min_q(obs, pi)
     actor_loss = (alpha * log_prob - q).mean()
+    logged = {"loss/critic": critic_loss.item(), "loss/actor": actor_loss.item()}
     # <guidance>
     minimise(actor_adam, actor_loss)
-    minimise(alpha_adam, -(log_alpha * (log_prob.detach() - action_dim)).mean())
 
+    entropy = -log_prob.mean().item()
+    minimise(alpha_adam, log_alpha.exp() * (entropy + action_dim))
     with torch.no_grad():
-        for target, online in zip(targets.parameters(), critics.parameters(), strict=True):
-            target.lerp_(online, TAU)
-    losses.append((critic_loss.item(), actor_loss.item()))
+        for target, online in zip(targets.parameters(), critics.parameters()):
+            target.copy_((1 - TAU) * target + TAU * online)
+    return logged | {"alpha": alpha, "entropy": entropy}
+
+
+def train():
+    buffer, logs = [], []
+    obs, _ = env.reset(seed=1)
+    for step in range(TOTAL_TIMESTEPS):
+        if step < LEARNING_STARTS:
+            action = 2 * torch.rand(action_dim) - 1
+        else:
+            with torch.no_grad():
+                action = act(torch.as_tensor(obs, dtype=torch.float32))[0]
+        next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
+        buffer.append((obs, next_obs, action, reward, terminated))
+        obs = env.reset()[0] if terminated or truncated else next_obs
+        if step >= LEARNING_STARTS:
+            rows = [buffer[i] for i in torch.randint(len(buffer), (BATCH_SIZE,))]
+            batch = (torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*rows))
+            logs.append(update(*batch))
+    return logs
+
+
+if __name__ == "__main__":
+    logs = train()

@@ -1,6 +1,5 @@
-"""CUP pasted into somebody's SAC: at most 90 lines of cup.py, and ten lines in the host."""
+"""One block of cup.py, pasted into another SAC with a few lines around it, guides it."""
 
-import inspect
 import runpy
 from pathlib import Path
 
@@ -9,47 +8,50 @@ import torch
 import cup
 
 HOST = Path(__file__).with_name("plain_sac.py")
-FUNCTIONS = [cup.squash, cup.expected_advantage, cup.guidance_policy, cup.guidance_weight]
-FUNCTIONS += [cup.kl_divergence, cup.guidance_loss]
-PASTED = "\n\n".join(inspect.getsource(function) for function in FUNCTIONS)
-IMPORTS = """\
+CUP = Path(cup.__file__).read_text()
+# the comment above `squash`, and all functions up to the end of `guidance_loss`
+PASTED = CUP[CUP.index("# ---- CUP:") : CUP.index("@torch.no_grad()\ndef query_sources")].strip()
+WRITTEN = {
+    "imports": """\
 import math
-from collections.abc import Callable
 from torch import Tensor
 from cup import load_policy
 source = load_policy("source.pt")
-"""
-GUIDANCE = """\
-    source_mean, source_log_std = source(b_obs)  # bounded: see `query_sources`
-    dist = source_mean.clamp(-2.5, 2.5)[:, None], source_log_std.clamp(min=-1.5)[:, None]
-    ours, rule = (noise[None], q[None], log_prob[None]), (0.0, 1.0, 0.03)
-    kl_loss, states = guidance_loss(min_q, b_obs, mean, log_std, *dist, *ours, *rule)
+""",
+    "guidance": """\
+    source_mean, source_log_std = source(obs)
+    kl_loss, per_state = guidance_loss(
+        critic=min_q, obs=obs, mean=mean, log_std=log_std,
+        source_mean=source_mean.clamp(-2.5, 2.5).unsqueeze(1),
+        source_log_std=source_log_std.clamp(min=-1.5).unsqueeze(1),
+        noise=noise, q=q, log_prob=log_prob, alpha=0.0, beta1=1.0, beta2=0.5,
+    )
     actor_loss = actor_loss + kl_loss
-"""
+    logged |= {"loss/kl": kl_loss.item()} | per_state
+""",
+}
 
 
 def test_cup_pasted_into_it_guides(tmp_path, monkeypatch):
-    assert len(PASTED.splitlines()) <= 90
-    assert len((IMPORTS + GUIDANCE).splitlines()) <= 10
+    assert PASTED.count("\ndef ") == 6
+    assert len(PASTED.splitlines()) <= 100
+    assert len("".join(WRITTEN.values()).splitlines()) <= 30
     text = HOST.read_text()
-    for mark, lines in {"imports": IMPORTS, "functions": PASTED, "guidance": GUIDANCE}.items():
-        assert text.count(f"# <{mark}>") == 1
+    for mark, lines in (WRITTEN | {"functions": PASTED}).items():
+        assert text.count(f"# <{mark}>\n") == 1
         text = text.replace(f"# <{mark}>", lines.strip())
-    (tmp_path / "guided_sac.py").write_text(text)
-    torch.manual_seed(0)
-    cup.save(cup.policy_content(cup.Actor(3, 1, [16])), tmp_path / "source.pt")
-
     monkeypatch.chdir(tmp_path)
-    sac = runpy.run_path(str(HOST))
-    assert torch.tensor(sac["losses"]).isfinite().all()
-    cup_in_host = runpy.run_path("guided_sac.py")
-    states = cup_in_host["states"]  # of the last minibatch
-    selected = states["guidance"] == 0
+    Path("guided_sac.py").write_text(text)
+    torch.manual_seed(0)
+    cup.save(cup.policy_content(cup.Actor(10, 2, [16])), Path("source.pt"))
+
+    runs = [runpy.run_path(path, run_name="__main__")["logs"] for path in (HOST, "guided_sac.py")]
+    for name in ("loss/critic", "loss/actor"):
+        values = torch.tensor([[row[name] for row in logs] for logs in runs])
+        assert values.isfinite().all()
+        assert values[0, 0] == values[1, 0] and values[0, -1] != values[1, -1]
+    guided = runs[1][-1]  # the last minibatch
+    selected = guided["guidance"] == 0
     assert 0 < selected.float().mean() < 1
-    assert ((states["weight"] > 0) == selected).all()
-    assert ((states["kl"] > 0) == selected).all()
-    assert cup_in_host["kl_loss"] > 0
-    losses = torch.tensor(cup_in_host["losses"])
-    assert losses.isfinite().all()
-    assert losses[0, 0] == sac["losses"][0][0]  # the first critic update is the same
-    assert losses[-1, 0] != sac["losses"][-1][0]
+    assert torch.equal(guided["weight"] > 0, selected) and torch.equal(guided["kl"] > 0, selected)
+    assert guided["loss/kl"] > 0

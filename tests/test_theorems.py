@@ -1,13 +1,12 @@
-"""Theorems 1 and 2 of the paper, on random Markov decision processes, as cup.py acts.
+"""Theorems 1 and 2 of the paper, on random Markov decision processes, with cup.py's functions.
 
-States and actions are few, so everything is exact: soft values are the solution of a linear
-system, and a policy is an urn. Per state it holds URN actions; one is drawn. To take each action of
-the urn once, as a "sample" for `cup.expected_advantage`, is then not an estimate but the
-expectation itself.
+States and actions are few, so everything is exact: soft values solve a linear system, and a policy
+is an urn. Per state it holds URN actions, one of which is drawn. The mean of cup.py's estimates
+over all actions of the urn is then the expectation itself.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,8 +19,7 @@ SEEDS = range(100)
 ROUNDING = 1e-9
 
 
-@dataclass
-class MDP:
+class MDP(NamedTuple):
     reward: np.ndarray  # (states, actions)
     transition: np.ndarray  # (states, actions, next states)
     gamma: float
@@ -73,72 +71,64 @@ def probabilities(urns: np.ndarray) -> np.ndarray:
 def advantage_in_cup(urns: np.ndarray, q: np.ndarray, alpha: float) -> torch.Tensor:
     """Eq. 4 for every state and candidate, by cup.py."""
     state, candidate = np.arange(STATES)[:, None], np.arange(SOURCES + 1)
-    log_prob = np.log(probabilities(urns))[state, candidate, urns]
-    return cup.expected_advantage(torch.tensor(q[state, urns]), torch.tensor(log_prob), alpha)[0]
+    log_prob = torch.tensor(np.log(probabilities(urns))[state, candidate, urns])
+    draws = zip(torch.tensor(q[state, urns]), log_prob)
+    return torch.stack([cup.expected_advantage(*draw, alpha)[0] for draw in draws]).mean(dim=0)
 
 
-@dataclass
-class Guidance:
-    """An MDP, and the policy that cup.py puts together with an epsilon-wrong Q."""
+class Guidance(NamedTuple):
+    """An MDP, and what cup.py makes of it with a Q that is wrong by epsilon."""
 
     mdp: MDP
-    policy: np.ndarray  # the guidance policy, (states, actions)
-    worst: np.ndarray  # its caricature: the worst candidate everywhere
     v_target: np.ndarray
-    chosen: np.ndarray
+    chosen: np.ndarray  # index of the guidance policy, (states,)
+    policy: np.ndarray  # the guidance policy, (states, actions)
+    worst: np.ndarray  # the candidate with the smallest advantage at every state
 
 
-def guidance(seed: int, alpha: float, epsilon: float, kind: str = "random") -> Guidance:
+def guidance(seed: int, alpha: float, epsilon: float, malicious: bool) -> Guidance:
     """The error of Q is nowhere larger than epsilon (Eq. 6).
 
-    The malicious one lends to the worst candidate what it takes from the target policy.
+    A malicious error raises Q where the worst candidate is likelier than the target policy.
     """
     rng, state = np.random.default_rng(seed), np.arange(STATES)
     mdp, urns = random_mdp(rng, alpha), random_urns(rng)
     candidates = probabilities(urns)  # (states, SOURCES + 1, actions)
     v_target, q = mdp.values(candidates[:, -1])
-    truth = advantage_in_cup(urns, q, alpha)
     error = rng.uniform(-epsilon, epsilon, q.shape)
-    if kind == "malicious":
-        worst = candidates[state, truth.argmin(dim=1)]
+    if malicious:
+        worst = candidates[state, advantage_in_cup(urns, q, alpha).argmin(dim=1)]
         error = epsilon * np.sign(worst - candidates[:, -1])
     advantage = advantage_in_cup(urns, q + error, alpha)
     chosen = cup.guidance_policy(advantage).numpy()  # Eq. 7
     worst = candidates[state, advantage.argmin(dim=1)]
-    return Guidance(mdp, candidates[state, chosen], worst, v_target, chosen)
+    return Guidance(mdp, v_target, chosen, candidates[state, chosen], worst)
 
 
-# ---- Theorem 1 -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["random", "malicious"])
+@pytest.mark.parametrize("malicious", [False, True])
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
-def test_theorem_1(alpha: float, epsilon: float, kind: str):
-    """V of the guidance policy >= V of the target - 2 epsilon / (1 - gamma) (Eq. 8)."""
-    improved, chosen = 0, set()
+def test_theorem_1(alpha: float, epsilon: float, malicious: bool):
+    """Eq. 8: V of the guidance policy >= V of the target policy - 2 epsilon / (1 - gamma).
+
+    The bound can be missed: the worst candidate misses it, if epsilon is small.
+    """
+    improved, violated, chosen = 0, 0, set()
     for seed in SEEDS:
-        g = guidance(seed, alpha, epsilon, kind)
+        g = guidance(seed, alpha, epsilon, malicious)
+        bound = g.v_target - 2 * epsilon / (1 - g.mdp.gamma) - ROUNDING
         v_guidance, _ = g.mdp.values(g.policy)
-        assert (v_guidance >= g.v_target - 2 * epsilon / (1 - g.mdp.gamma) - ROUNDING).all()
+        assert (v_guidance >= bound).all()
         improved += (v_guidance > g.v_target).all()
+        violated += (g.mdp.values(g.worst)[0] < bound).any()
         chosen |= set(g.chosen)
     assert chosen == set(range(SOURCES + 1))
-    assert improved >= 50  # it does more than not to harm
+    assert improved >= 50
+    assert violated >= 50 or epsilon > 0.05
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
-def test_theorem_1_fails_for_the_worst_candidate(alpha: float):
-    """Its bound is not vacuous: the argmin in place of the argmax breaks it."""
-    violated = 0
-    for seed in SEEDS:
-        g = guidance(seed, alpha, epsilon=0.05)
-        v_worst, _ = g.mdp.values(g.worst)
-        violated += (v_worst < g.v_target - 2 * 0.05 / (1 - g.mdp.gamma)).any()
-    assert violated >= 50
-
-
-# ---- Theorem 2 -----------------------------------------------------------------------------------
 def near(policy: np.ndarray, delta: float, rng: np.random.Generator) -> np.ndarray:
-    """A policy in a random direction from `policy`, delta nats away, or all the way."""
+    """A policy in a random direction from `policy`: delta nats away, or as far as that goes."""
     direction = rng.normal(size=policy.shape)
 
     def tilt(step: np.ndarray) -> np.ndarray:
@@ -173,45 +163,40 @@ def test_theorem_2(alpha: float, epsilon: float, delta: float):
     """KL(new policy || guidance policy) <= delta keeps the new policy above Eq. 10.
 
     The entropy difference is that between the new and the guidance policy: see the last test.
+    The bound can be missed: a policy near the worst candidate misses it, if delta is small.
     """
+    violated = 0
     for seed in SEEDS:
-        g = guidance(seed, alpha, epsilon, "malicious")
+        g = guidance(seed, alpha, epsilon, malicious=True)
         new = near(g.policy, delta, np.random.default_rng(seed))
         distance = kl(new, g.policy)
         assert (distance <= delta + ROUNDING).all()  # Eq. 9
         assert (distance >= 0.99 * delta - ROUNDING).any()
         bound = theorem_2_bound(g.mdp, g.v_target, new, g.policy, delta, epsilon)
         assert (g.mdp.values(new)[0] >= bound - ROUNDING).all()
-
-
-def test_theorem_2_fails_near_the_worst_candidate():
-    """Its bound is not vacuous: to imitate the wrong candidate breaks it."""
-    violated = 0
-    for seed in SEEDS:
-        g = guidance(seed, alpha=0.1, epsilon=0.0)
-        new = near(g.worst, 1e-4, np.random.default_rng(seed))
-        bound = theorem_2_bound(g.mdp, g.v_target, new, g.worst, 1e-4, 0.0)
+        new = near(g.worst, delta, np.random.default_rng(seed))
+        bound = theorem_2_bound(g.mdp, g.v_target, new, g.worst, delta, epsilon)
         violated += (g.mdp.values(new)[0] < bound).any()
-    assert violated >= 50
+    assert violated >= 50 or max(epsilon, delta) > 1e-4
 
 
 def test_theorem_2_needs_the_entropy_of_the_guidance_policy():
     """In print, Eq. 10 has |H(old target) - H(new target)|; with that it can fail.
 
     One state, no future, two actions with rewards 1 and -1, alpha = 1.5. The old target policy
-    always takes the first, the only source tosses a coin: for the entropy's sake it is the guidance
-    policy. A new target that always takes the second is ln 2 away from it, and neither target has
-    any entropy; yet it loses more than Eq. 10 allows. With |H(guidance) - H(new target)| the bound
-    follows from Theorem 1 and Pinsker's inequality, and holds.
+    always takes the first; the only source takes each with probability 1/2, and is the guidance
+    policy because of its entropy. A new target that always takes the second is ln 2 away from it.
+    Neither target has any entropy, yet the new one loses more than Eq. 10 allows. With
+    |H(guidance) - H(new target)| the bound follows from Theorem 1 and Pinsker's inequality.
     """
     mdp = MDP(np.array([[1.0, -1.0]]), np.ones((1, 2, 1)), gamma=0.0, alpha=1.5)
     coin, old, new = (np.array([p]) for p in ([0.5, 0.5], [1.0, 0.0], [0.0, 1.0]))
     v_old, q = mdp.values(old)
-    # the source takes each action once; the target policy the first one, twice
-    samples = torch.tensor(q[0])[torch.tensor([[[0, 0]], [[1, 0]]])]
-    log_prob = torch.tensor([math.log(0.5), 0.0]).expand(2, 1, 2)
+    # one state twice: the source takes the first action, then the second; the target the first
+    samples = torch.tensor(q[0])[torch.tensor([[0, 0], [1, 0]])]
+    log_prob = torch.tensor([math.log(0.5), 0.0]).expand(2, 2)
     advantage, _ = cup.expected_advantage(samples, log_prob, mdp.alpha)
-    assert cup.guidance_policy(advantage).item() == 0
+    assert cup.guidance_policy(advantage.mean(dim=0, keepdim=True)).item() == 0
 
     v_new, _ = mdp.values(new)
     delta = math.log(2)  # KL(new || coin), in nats
