@@ -1,32 +1,26 @@
-"""Draw the paper's Figures 2, 3 and 4, and print the results table, from benchmark/results.
+"""Draw the paper's Figures 2 and 3, and print the results table, from benchmark/results.
 
-    python benchmark/plot.py                                      # study.csv, figure4.csv
-    python benchmark/plot.py --figure4 runs/pick-place-wall-v2__cup__1   # make figure4.csv anew
+    python benchmark/plot.py
 
-study.csv is study.py's. Final performance is the mean over the last 100,000 steps of every run.
+study.csv is study.py's; sources_unmodified.csv is play.py's, of every source on every task.
+Final performance is the mean over the last 100,000 steps of every run.
 """
 
 import csv
-import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 import tyro
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MultipleLocator
 from scipy.stats import trim_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import cup  # noqa: E402
-
 TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")  # in the paper's order
 TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
 FINAL_STEPS = 100_000
@@ -47,7 +41,6 @@ class Args:
     results: Path = HERE / "results"  # where the csv files are
     figures: Path = HERE / "figures"  # where the figures go
     steps: int = 500_000  # runs are shown up to here
-    figure4: Path | None = None  # run directory of a CUP run: play an episode, write figure4.csv
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -103,7 +96,7 @@ def aggregates(curves: dict[str, Curves], draws: int = 2000) -> str:
     for method in METHODS:
         if all(method in methods for methods in curves.values()):
             runs = [list(methods[method].values()) for methods in curves.values()]
-            scores = np.array([[final(run)[1] for run in seeds] for seeds in runs])  # (tasks, seeds)
+            scores = np.array([[final(run)[1] for run in task] for task in runs])  # (tasks, seeds)
             index = rng.integers(scores.shape[1], size=(draws, *scores.shape))
             index[0] = np.arange(scores.shape[1])  # the first sample is the data
             samples[method] = np.take_along_axis(scores[None], index, axis=2)
@@ -114,11 +107,12 @@ def aggregates(curves: dict[str, Curves], draws: int = 2000) -> str:
 
     for method, scores in samples.items():
         middle = trim_mean(scores.reshape(draws, -1), 0.25, axis=1)
-        # a pair of seeds counts 1 where CUP is better, and 1/2 where both are equal
-        pairs = np.sign(samples["cup"][:, :, :, None] - scores[:, :, None]) / 2 + 0.5
-        better = pairs.mean(axis=(1, 2, 3))
-        lines.append(f"{METHODS[method][0]}: interquartile mean of success {interval(middle)}, "
-                     f"probability that CUP is better {interval(better)}")
+        line = f"{METHODS[method][0]}: interquartile mean of success {interval(middle)}"
+        if method != "cup":
+            # a pair of seeds counts 1 where CUP is better, and 1/2 where both are equal
+            pairs = np.sign(samples["cup"][:, :, :, None] - scores[:, :, None]) / 2 + 0.5
+            line += f", probability that CUP is better {interval(pairs.mean(axis=(1, 2, 3)))}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -130,7 +124,7 @@ def sheet(title: str, ylabel: str, steps: int):
     for task, axes in zip(TASKS, panels.flat, strict=True):
         axes.set_title(task.removesuffix("-v2"), fontsize=11)
         axes.set_xlim(0, steps)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MultipleLocator(100_000))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -193,61 +187,9 @@ def figure3(rows: list[dict[str, str]], args: Args) -> None:
     write(figure, lines, args.figures / "figure3.png")
 
 
-@torch.no_grad()
-def make_figure4(run_dir: Path, path: Path) -> None:
-    """Play an episode by mean actions; write every candidate's advantage (Eq. 4) at its states.
-
-    By the run's last checkpoint, with one action a candidate, as in training.
-    """
-    run = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    args = cup.Args(**json.loads((run_dir / "args.json").read_text())["args"])
-    env = cup.make_env(args.env_id, seed=0)
-    sizes = env.observation_space.shape + env.action_space.shape
-    agent = cup.Agent(args, *sizes, cup.load_sources(args, *sizes))
-    agent.load_state_dict(run["agent"])
-    states, info = [torch.tensor(env.reset(seed=0)[0])], {}
-    while not info:
-        action = torch.tanh(agent.actor(states[-1])[0])
-        obs, _, _, _, info = env.step(action.numpy())
-        states.append(torch.tensor(obs))
-    obs = torch.stack(states[:-1])
-    mean, log_std = agent.actor(obs)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    action, log_prob = cup.squash(mean, log_std, noise)
-    source_mean, source_log_std = cup.query_sources(agent.sources, obs, sizes[1])
-    _, per_state = cup.guidance_loss(
-        critic=agent.critic.min_q, obs=obs, mean=mean, log_std=log_std, source_mean=source_mean,
-        source_log_std=source_log_std, noise=noise, q=agent.critic.min_q(obs, action),
-        log_prob=log_prob, alpha=0.0, beta1=args.beta1, beta2=args.beta2,
-    )
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["env_id", "seed", "trained", "step", "candidate", "advantage"])
-        for k, name in enumerate([*agent.source_names, "target"]):
-            for step, advantage in enumerate(per_state["advantage"][:, k].tolist()):
-                about = [args.env_id, args.seed, run["step"], step]
-                writer.writerow([*about, name, f"{advantage:.5g}"])
-
-
-def figure4(rows: list[dict[str, str]], args: Args) -> None:
-    """Every candidate's advantage along one episode."""
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    lines = {}
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        values = [float(row["advantage"]) for row in rows if row["candidate"] == name]
-        (lines[name],) = axes.plot(values, color=CANDIDATES.get(name, "0.6"), lw=1.2)
-    about = rows[0]
-    title = f"{about['env_id']}, seed {about['seed']}, after {int(about['trained']):,} steps"
-    axes.set(title=title, xlabel="step of an episode", ylabel="expected advantage")
-    axes.spines[["top", "right"]].set_visible(False)
-    write(figure, lines, args.figures / "figure4.png")
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.figures.mkdir(parents=True, exist_ok=True)
-    if args.figure4:
-        make_figure4(args.figure4, args.results / "figure4.csv")
     rows = read_csv(args.results / "study.csv")
     curves = {task: read_curves(rows, task, args.steps) for task in TASKS}
     best_source = {}
@@ -257,7 +199,6 @@ def main() -> None:
     for column in (1, 2):
         figure2(curves, column, best_source, args)
     figure3(rows, args)
-    figure4(read_csv(args.results / "figure4.csv"), args)
     print(results_table(curves))
     print(aggregates(curves))
 
