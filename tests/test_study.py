@@ -1,0 +1,86 @@
+"""study.py: real runs of the study, in small, and what the csv says of them."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--num-envs 2 --batch-size 8 --learning-starts 20 --guidance-starts 20 --hidden-sizes 8"
+SMALL += " --log-interval 20 --eval-interval 100 --eval-episodes 1 --checkpoint-interval 400"
+SMALL = [*SMALL.split(), "--sources", "--num-random-sources", "2"]
+
+
+def study(folder: Path, *arguments: str, task="Pendulum-v1", steps=400, extra=SMALL):
+    command = [sys.executable, str(ROOT / "benchmark" / "study.py"), "--tasks", task]
+    command += ["--seeds", "7", "--runs-dir", str(folder / "runs"), "--csv", str(folder / "x.csv")]
+    command += ["--total-timesteps", str(steps), *arguments, "--", *extra]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "x.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """CUP and SAC on Pendulum-v1, collected."""
+    folder = tmp_path_factory.mktemp("study")
+    assert study(folder).returncode == 0
+    assert study(folder, "--collect").returncode == 0
+    return folder
+
+
+def test_the_csv_has_every_evaluation_with_its_settings_and_commit(done):
+    metrics = done / "runs" / "Pendulum-v1__cup__7" / "metrics.csv"
+    logged = list(csv.DictReader(metrics.read_text().splitlines()))
+    found = [row for row in rows(done) if row["method"] == "cup"]
+    assert [int(row["step"]) for row in found] == [100, 200, 300, 400]
+    for row in found:
+        (there,) = [x for x in logged if x["step"] == row["step"]]
+        assert float(row["return"]) == pytest.approx(float(there["eval/return"]), rel=1e-4)
+        shares = [float(row[f"selected_{name}"]) for name in ("random-1", "random-2", "target")]
+        assert sum(shares) == pytest.approx(1, abs=1e-3)
+        settings = json.loads(row["settings"])
+        assert settings["batch_size"] == 8 and settings["hidden_sizes"] == [8]
+        assert "gamma" not in settings and row["commit"]
+    # the shares are means over the rows since the evaluation before
+    since = [float(x["guidance/selected/target"]) for x in logged if 100 < int(x["step"]) <= 200]
+    assert float(found[1]["selected_target"]) == pytest.approx(sum(since) / len(since), rel=1e-3)
+
+
+def test_sac_has_no_sources(done):
+    sac = [row for row in rows(done) if row["method"] == "sac"]
+    assert len(sac) == 4 and not any(row["selected_target"] for row in sac)
+
+
+def test_a_shorter_run_never_replaces_a_longer_one(done, tmp_path):
+    before = (done / "x.csv").read_text()
+    (tmp_path / "x.csv").write_text(before)
+    assert study(tmp_path, "--methods", "cup", steps=200).returncode == 0
+    assert (tmp_path / "x.csv").read_text() == before  # a run changes no results
+    assert study(tmp_path, "--methods", "cup", "--collect", steps=200).returncode == 0
+    assert (tmp_path / "x.csv").read_text() == before
+
+
+def test_an_id_with_a_colon_and_a_slash_is_collected(tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "gym.register('mine/Swing-v0', PendulumEnv, max_episode_steps=50)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    task = "my_tasks:mine/Swing-v0"
+    for arguments in (["--methods", "sac"], ["--methods", "sac", "--collect"]):
+        assert study(tmp_path, *arguments, task=task).returncode == 0
+    assert {row["env_id"] for row in rows(tmp_path)} == {task}
+
+
+def test_a_failed_run_fails_the_study_and_the_others_go_on(tmp_path):
+    result = study(tmp_path, "--methods", "nobody", "sac", steps=200)
+    assert result.returncode == 1
+    assert (tmp_path / "runs" / "Pendulum-v1__sac__7" / "policy.pt").exists()
