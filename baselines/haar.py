@@ -13,7 +13,7 @@ As in the paper: k = 10, and every update computes A_h with the present V_h. (Th
 sparse rewards, drops R and gamma_h. The paper shortens k in training; here it stays.)
 
 Adapted to the SAC of cup.py, where the original has TRPO:
-- The high level is a discrete SAC whose values, of rewards R / k, have no entropy bonus.
+- The high level is a discrete SAC at --q-lr; its values, of rewards R / k, have no entropy bonus.
 - The low level is SAC, whose critic takes [one-hot z, action] for an action. Within a segment the
   same skill acts next, after its last step one that pi_h picks.
 - The original's skills move by TRPO steps of 0.01 nats. Here their loss has a KL to a copy of them
@@ -105,9 +105,8 @@ class HAAR(cup.Agent):
         shape = obs_dim, action_dim, args.hidden_sizes, self.actor.standardize
         self.actor = HierarchicalActor(*shape, sources.values())
         self.slow_actor = copy.deepcopy(self.actor).requires_grad_(False)  # of it, the skills
-        # twin Q_h: standardised obs (batch, obs_dim) -> (batch, K)
         sizes = obs_dim, *args.hidden_sizes, len(sources)
-        self.high_critic = nn.ModuleList([cup.mlp(*sizes), cup.mlp(*sizes)])
+        self.high_critic = nn.ModuleList([cup.mlp(*sizes), cup.mlp(*sizes)])  # twin Q_h
         self.high_target = copy.deepcopy(self.high_critic)
         self.log_high_alpha = nn.Parameter(torch.zeros(()))  # large: at first all z are tried
         # ---- the present segment of every environment, as in `Segments`
@@ -146,11 +145,10 @@ class HAAR(cup.Agent):
         self.reward = torch.where(t == 0, reward, self.reward + reward)
         self.length = t + 1
         ends = (self.length == self.args.k) | (terminated == 1)
-        if ends.any():
-            columns = (self.obs[:, 0], self.obs, self.action, self.z, self.length,
-                       self.reward / self.length, terminated)
-            self.buffer.add(Segments(*(column[ends] for column in columns)))
-            self.length[ends] = 0
+        columns = (self.obs[:, 0], self.obs, self.action, self.z, self.length,
+                   self.reward / self.length, terminated)
+        self.buffer.add(Segments(*(column[ends] for column in columns)))
+        self.length[ends] = 0
 
     def forget_cut(self, obs: Tensor) -> None:
         """Empty a segment that a new episode cuts: obs is not where its last step led."""
@@ -164,7 +162,7 @@ class HAAR(cup.Agent):
         return Segments(*(column[index] for column in self.buffer.columns))
 
     def high_q(self, critic: nn.ModuleList, obs: Tensor) -> Tensor:
-        """Q_h of all skills (2, batch, K)."""
+        """Q_h of all skills (2, batch, K), from its two networks."""
         return torch.stack([q(self.actor.standardize(obs)) for q in critic])
 
     @torch.no_grad()
@@ -182,7 +180,8 @@ class HAAR(cup.Agent):
         error = q[:, torch.arange(len(target)), recent.z] - target  # (2, batch)
         high_critic_loss = ((recent.z >= 0) * error.square()).mean(dim=1).sum()
 
-        # ---- high policy and its entropy weight: SAC's losses, with exact means over z
+        # ---- high policy and its entropy weight: SAC's losses, with exact means over z; no
+        # parameter is in two of the three losses, so one optimiser serves them
         high_alpha, min_q = self.log_high_alpha.detach().exp(), q.detach().amin(dim=0)
         log_prob = self.actor.high_log_prob(recent.first)  # (batch, K)
         high_actor_loss = (log_prob.exp() * (high_alpha * log_prob - min_q)).sum(dim=1).mean()
@@ -190,9 +189,7 @@ class HAAR(cup.Agent):
         high_entropy = -(share * log_prob).sum(dim=1).mean()
         target_entropy = args.high_entropy * math.log(num_skills)
         high_alpha_loss = self.log_high_alpha.exp() * (high_entropy - target_entropy)
-        # one step for the three losses: no parameter is in two of them
-        high_loss = high_critic_loss + high_actor_loss + high_alpha_loss
-        self.minimize(high_loss, self.high_optimizer)
+        self.minimize(high_critic_loss + high_actor_loss + high_alpha_loss, self.high_optimizer)
 
         # ---- low level: a step of each segment, and its reward A_h / k
         row, last = torch.arange(len(batch.z)), batch.obs[:, -1]
@@ -201,8 +198,8 @@ class HAAR(cup.Agent):
         z = torch.where(batch.z < 0, torch.randint_like(batch.z, num_skills), batch.z)
         one_hot, is_last = F.one_hot(z, num_skills), t + 1 == batch.length
         last_value = (1 - batch.terminated) * self.high_value(self.high_critic, last)
-        first_value = self.high_value(self.high_critic, batch.first)
-        reward = batch.mean_reward + args.gamma_h * last_value - first_value
+        value = self.high_value(self.high_critic, batch.first)
+        reward = batch.mean_reward + args.gamma_h * last_value - value
 
         # ---- low critic
         alpha = self.log_alpha.detach().exp()
@@ -218,14 +215,12 @@ class HAAR(cup.Agent):
         critic_loss = td_error.square().mean(dim=1).sum()
         self.minimize(critic_loss, self.critic_optimizer)
 
-        # ---- skills: SAC's loss, and the KL to the slow copy
+        # ---- skills and their entropy weight: SAC's losses, and the KL to the slow copy
         mean, log_std = self.actor(obs, z)
         action, log_prob = cup.squash(mean, log_std, torch.randn_like(mean))
         q = self.critic.min_q(obs, torch.cat([one_hot, action], dim=1))
         actor_loss = (alpha * log_prob - q).mean()
         kl = cup.kl_divergence(mean, log_std, *self.slow_actor(obs, z)).mean()
-
-        # ---- entropy weight of the skills
         entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         if guide and not args.freeze_skills:
@@ -242,11 +237,10 @@ class HAAR(cup.Agent):
                 for target, source in zip(slow.parameters(), online.parameters()):
                     target.lerp_(source, tau)
         info = {
-            "loss/critic": critic_loss, "loss/actor": actor_loss, "alpha": alpha,
-            "entropy": entropy, "low/kl": kl, "low/reward": reward.mean(),
-            "low/reward_std": reward.std(), "loss/high_critic": high_critic_loss,
-            "loss/high_actor": high_actor_loss, "high/alpha": high_alpha,
-            "high/entropy": high_entropy, "high/value": first_value.mean(),
+            "loss/critic": critic_loss, "loss/actor": actor_loss, "alpha": alpha, "low/kl": kl,
+            "entropy": entropy, "low/reward": reward.mean(), "low/reward_std": reward.std(),
+            "loss/high_critic": high_critic_loss, "loss/high_actor": high_actor_loss,
+            "high/alpha": high_alpha, "high/entropy": high_entropy, "high/value": value.mean(),
         }
         info |= {f"skill/selected/{name}": share[:, k].mean() for k, name in enumerate(self.names)}
         return {name: scalar.detach() for name, scalar in info.items()}

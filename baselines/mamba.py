@@ -65,7 +65,7 @@ class Args(cup.Args):
         if not (0 <= self.gae_lambda <= 1 and 0 <= self.rollout_share <= 1):
             raise ValueError("--gae-lambda and --rollout-share must be from 0 to 1")
         if self.gae_lambda < 1 and self.first_rollouts < 1:
-            raise ValueError("without --first-rollouts there is no f: it needs --gae-lambda 1")
+            raise ValueError("--first-rollouts 0 needs --gae-lambda 1: there is no f")
         if not (self.sources or self.num_random_sources):
             raise ValueError("MAMBA improves on source policies: name some with --sources")
 

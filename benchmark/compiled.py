@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
-from torch.optim.adam import adam
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cup
@@ -60,20 +59,25 @@ class Adam(nn.Module):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
         super().__init__()
         self.learnt, self.lr = list(parameters), lr  # a plain list: not part of the state
-        self.exp_avg = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
-        self.exp_avg_sq = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
-        # in float32 the bias correction, 1 - 0.999 ** step, would have three digits at first
-        self.steps = nn.ParameterList(x.new_zeros((), dtype=torch.float64) for x in self.learnt)
+        self.mean = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
+        self.mean_square = nn.ParameterList(torch.zeros_like(x) for x in self.learnt)
+        # betas^t after t steps, in float64 as torch.optim.Adam. A product at each step is fast: a
+        # power would be computed again in every iteration of the compiled loop over the weights.
+        betas = torch.tensor([0.9, 0.999], dtype=torch.float64, device=self.learnt[0].device)
+        self.register_buffer("betas", betas)
+        self.register_buffer("decay", torch.ones_like(betas))
         self.requires_grad_(False)
 
     @torch.no_grad()
     def step(self, gradients: Iterable[Tensor]) -> None:
-        adam(
-            self.learnt, list(gradients), list(self.exp_avg), list(self.exp_avg_sq), [],
-            list(self.steps), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0,
-            amsgrad=False, maximize=False, foreach=False,  # one loop, which the compiler can fuse
-            capturable=True,  # `steps` may be part of a CUDA graph
-        )
+        self.decay.mul_(self.betas)
+        bias, bias_square = 1 - self.decay
+        rate, eps = self.lr * bias_square.sqrt() / bias, 1e-8 * bias_square.sqrt()
+        moments = zip(self.learnt, gradients, self.mean, self.mean_square, strict=True)
+        for parameter, gradient, mean, mean_square in moments:
+            mean.lerp_(gradient, 0.1)
+            mean_square.lerp_(gradient.square(), 0.001)
+            parameter.sub_(rate * mean / (mean_square.sqrt() + eps))
 
 
 class Agent(cup.Agent):

@@ -4,8 +4,8 @@
     MUJOCO_GL=egl python benchmark/play.py runs/push-wall-v2__cup__1/policy.pt --gif push-wall.gif
 
 Prints the success rate with its Wilson interval and the mean return with its t interval, both at
-95 %, by the mean action and by sampled actions. The seeds of the goals are a stream of their own
-(4), which no training and no evaluation uses.
+95 %, by the mean action and by sampled actions. Their goals have a stream of seeds of their own,
+so that no training and no evaluation has seen them.
 """
 
 import sys
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cup
@@ -33,7 +32,7 @@ class Args:
     policy: tyro.conf.Positional[Path]  # policy file
     env_id: str | None = None  # task; by default the one that the file names
     episodes: int = 50  # episodes by the mean action, and as many by sampled actions
-    gif: Path | None = None  # where to write the film of the first episode by the mean action
+    gif: Path | None = None  # where to write a film of the first episode by the mean action
     seed: int = 1  # decides the goals and the sampled actions
 
     def __post_init__(self):  # tyro prints a ValueError as a usage error, with exit code 2
@@ -42,24 +41,23 @@ class Args:
 
 
 def make_env(env_id: str, actor: cup.Actor, seed: int, **options):
-    """cup.make_env, and a cup.UserError for a policy whose sizes are not the task's."""
+    """cup.make_env for a policy. Raises cup.UserError if their sizes differ."""
     env = cup.make_env(env_id, seed, **options)
     torch.set_default_dtype(torch.float32)  # whatever the environment's module has set
     sizes = (*env.observation_space.shape, *env.action_space.shape)
     if sizes != (actor.obs_dim, actor.action_dim):
-        ours = (actor.obs_dim, actor.action_dim)
-        raise cup.UserError(f"the policy has observation and action sizes {ours}, the task {sizes}")
+        ours = f"the policy has {(actor.obs_dim, actor.action_dim)}"
+        raise cup.UserError(f"{env_id} has observation and action sizes {sizes}, {ours}")
     return env
 
 
 def film(actor: cup.Actor, env_id: str, seed: int, caption: str) -> list[Image.Image]:
-    """One episode by the mean action, every fourth step of it."""
-    frames, info, step = [], {}, 0
+    """Every fourth step of an episode by the mean action, until 40 steps after its success."""
     env = make_env(env_id, actor, seed, render_mode="rgb_array")
-    if env.unwrapped.spec is None:  # Meta-World's tasks have none
+    if env.unwrapped.spec is None:  # Meta-World's environments have none
         env.unwrapped.mujoco_renderer.default_cam_config = CAMERA
-    obs, _ = env.reset(seed=seed)
-    while not info:  # the last step of an episode has it
+    obs, info, frames, step, after = env.reset(seed=seed)[0], {}, [], 0, 0
+    while not info and after < 40:  # the last step of an episode has info
         if step % 4 == 0:
             frame = Image.fromarray(env.render())
             frame.thumbnail((320, 320))
@@ -68,20 +66,11 @@ def film(actor: cup.Actor, env_id: str, seed: int, caption: str) -> list[Image.I
             frames.append(frame)
         mean, _ = actor(torch.as_tensor(obs))
         obs, _, _, _, info = env.step(torch.tanh(mean).numpy())
-        step += 1
+        step, after = step + 1, after + (env.success == 1)
     env.close()
-    return frames
-
-
-def summary(returns: np.ndarray, success: np.ndarray) -> str:
-    """Success rate and mean return of episodes (n,), with 95 % intervals."""
-    n = len(returns)
-    half_width = stats.t.ppf(0.975, n - 1) * returns.std(ddof=1) / np.sqrt(n)
-    text = f"return {returns.mean():,.1f} ± {half_width:,.1f}"
-    if np.isnan(success).any():  # the task does not report success
-        return text
-    low, high = stats.binomtest(int(success.sum()), n).proportion_ci(method="wilson")
-    return f"success {success.mean():.2f} [{low:.2f}, {high:.2f}], {text}"
+    # one palette for all frames makes a small file, and an octree keeps the goal's rare colour
+    palette = Image.fromarray(np.concatenate(frames)).quantize(128, Image.Quantize.FASTOCTREE)
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
 def play(args: Args) -> None:
@@ -89,26 +78,28 @@ def play(args: Args) -> None:
         hint = "a run of cup.py writes policy.pt at its first evaluation"
         raise cup.UserError(f"{args.policy} does not exist; {hint}")
     actor = cup.load_policy(args.policy)
-    env_id = args.env_id or actor.about.get("env_id", ":")
-    if args.env_id is None and ":" in env_id:  # a policy file cannot run code, its task's module can
-        raise cup.UserError(f"say which task: --env-id {env_id.strip(':') or 'ID'}")
-    seed = cup.derive_seed(args.seed, 4, 0)
+    env_id = args.env_id or actor.about.get("env_id")
+    if env_id is None:
+        raise cup.UserError(f"{args.policy} names no task: choose one with --env-id")
+    if ":" in env_id and args.env_id is None:  # the file cannot run code, but its module could
+        raise cup.UserError(f"{args.policy} is for a task of your own: give --env-id {env_id}")
+    seeds = args.seed, 4, 0
     if args.gif:
-        name = "/".join(args.policy.absolute().parts[-2:])
-        warnings.filterwarnings("ignore", module="glfw")  # the error says it, too
+        warnings.filterwarnings("ignore", module="glfw")  # the error says it
+        caption = f"{env_id}, seed {args.seed}\n{'/'.join(args.policy.absolute().parts[-2:])}"
         try:
-            frames = film(actor, env_id, seed, f"{env_id}, seed {args.seed}\n{name}")
+            frames = film(actor, env_id, cup.derive_seed(*seeds), caption)
         except cup.UserError:
             raise
-        except Exception as error:  # those of the OpenGL libraries are of many types
+        except Exception as error:  # OpenGL's libraries raise errors of many types
             hint = "without a display, set MUJOCO_GL=egl (needs libegl1) or osmesa (libosmesa6)"
             raise cup.UserError(f"cannot film {env_id}: {error!r}; {hint}") from error
         options = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
         frames[0].save(args.gif, "GIF", **options)
-    make_env(env_id, actor, seed).close()
-    print(f"{args.policy} on {env_id}, {args.episodes} episodes each, seed {args.seed}", flush=True)
-    for name, sample in ("mean action", False), ("sampled actions", True):
-        print(f"{name}: {summary(*score(actor, env_id, args.episodes, seed, sample))}", flush=True)
+        print(f"wrote {args.gif}")
+    make_env(env_id, actor, seed=0).close()
+    for sample in False, True:
+        score(actor, env_id, args.episodes, seeds, sample)
 
 
 if __name__ == "__main__":

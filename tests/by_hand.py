@@ -11,17 +11,16 @@ import cup
 def random_batch(
     size: int, obs_dim: int, action_dim: int, num_sources: int = 0, seed: int = 0
 ) -> cup.Batch:
-    """Transitions, few of which terminate; of the sources one knows their distributions alone."""
+    """Transitions, few of which terminate, and random distributions of the sources."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(size, *shape, generator=rng)
 
-    obs, next_obs, action = normal(obs_dim), normal(obs_dim), normal(action_dim).tanh()
+    obs, next_obs, action = normal(obs_dim).double(), normal(obs_dim).double(), normal(action_dim)
     reward, terminated = normal(), (normal() > 1).to(action.dtype)
-    mean, log_std = normal(num_sources, action_dim), normal(num_sources, action_dim)
-    obs, next_obs = obs.double(), next_obs.double()
-    return cup.Batch(obs, next_obs, action, reward, terminated, mean, log_std.clamp(-1.5, 0))
+    mean, log_std = normal(num_sources, action_dim), normal(num_sources, action_dim).clamp(-1.5, 0)
+    return cup.Batch(obs, next_obs, action.tanh(), reward, terminated, mean, log_std)
 
 
 def act(mean: list[float], log_std: list[float], noise: list[float]) -> tuple[Tensor, float]:

@@ -1,6 +1,5 @@
 """Lets the tests import cup.py from the repository root, use one core, and leave torture out."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -9,9 +8,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
-# a shell starts what a script puts in the background with SIGINT ignored, and the
-# programs that the tests interrupt would inherit that
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

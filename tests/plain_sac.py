@@ -28,11 +28,10 @@ def mlp(inputs, outputs):
 torch.manual_seed(1)
 env = gym.make("Reacher-v5")  # actions in [-1, 1]
 obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-
 actor = mlp(obs_dim, 2 * action_dim)
 critics = nn.ModuleList(mlp(obs_dim + action_dim, 1) for _ in range(2))
 targets = copy.deepcopy(critics)
-log_alpha = torch.tensor([np.log(INIT_ALPHA)], requires_grad=True, dtype=actor[0].weight.dtype)
+log_alpha = nn.Parameter(torch.tensor(INIT_ALPHA).log())
 actor_adam = torch.optim.Adam(actor.parameters(), lr=POLICY_LR)
 critic_adam = torch.optim.Adam(critics.parameters(), lr=Q_LR)
 alpha_adam = torch.optim.Adam([log_alpha], lr=ALPHA_LR)
@@ -92,24 +91,18 @@ def update(obs, next_obs, action, reward, terminated):
     return logged | {"alpha": alpha, "entropy": entropy}
 
 
-def train():
+if __name__ == "__main__":
     buffer, logs = [], []
     obs, _ = env.reset(seed=1)
     for step in range(TOTAL_TIMESTEPS):
+        with torch.no_grad():
+            action = act(torch.as_tensor(obs, dtype=torch.float32))[0]
         if step < LEARNING_STARTS:
             action = 2 * torch.rand(action_dim) - 1
-        else:
-            with torch.no_grad():
-                action = act(torch.as_tensor(obs, dtype=torch.float32))[0]
         next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
         buffer.append((obs, next_obs, action, reward, terminated))
         obs = env.reset()[0] if terminated or truncated else next_obs
         if step >= LEARNING_STARTS:
             rows = [buffer[i] for i in torch.randint(len(buffer), (BATCH_SIZE,))]
-            batch = (torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*rows))
-            logs.append(update(*batch))
-    return logs
-
-
-if __name__ == "__main__":
-    logs = train()
+            columns = (np.array(column, dtype=np.float32) for column in zip(*rows))
+            logs.append(update(*map(torch.as_tensor, columns)))

@@ -2,14 +2,12 @@
 
 import signal
 from pathlib import Path
+from unittest import mock
 
+import gymnasium as gym
 import pytest
-from program import (
-    PENDULUM, call_cup, checkpoint_of, finish, metrics, one_sentence, same_result, started_run,
-    succeed, weights,
-)
+from program import SMALL, call_cup, checkpoint_of, metrics, same_policy, started_run, succeed
 
-import cup
 from baselines import haar, mamba, multipolar, ptf
 
 CLASSES = {
@@ -18,71 +16,67 @@ CLASSES = {
     "multipolar": (multipolar.Args, multipolar.Multipolar),
     "ptf": (ptf.Args, ptf.PTF),
 }
-FLAGS = {
-    "haar": "--k 7 --guidance-starts 200",  # segments do not divide an episode
-    "mamba": "--value-updates 5 --rollout-share 0.7",
-    "multipolar": "",
-    "ptf": "--guidance-starts 200",
-}
-OWN_POLICY = {"haar": "skills.1.net.4.bias", "multipolar": "theta"}  # no cup.Actor: no source
+gym.register("Short-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=40)
+# in two environments: checkpoints cut episodes, and the buffers are full at the second
+ENV = "test_baselines:Short-v0"
+SHORT = f"--env-id {ENV} --sources --total-timesteps 320 --checkpoint-interval 130"
+SHORT = [*SHORT.split(), *SMALL, "--buffer-size", 30, "--eval-interval", 300]
+FLAGS = {"haar": "--k 7", "mamba": "--first-rollouts 2 --value-updates 5 --rollout-share 0.8"}
+
+
+def arguments(name: str, run_dir: Path) -> list:
+    return [*SHORT, "--num-random-sources", 2, *FLAGS.get(name, "").split(), "--run-dir", run_dir]
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
-    """Its one checkpoint is in the middle of the episodes, of 40 steps in both environments."""
-    arguments = [*PENDULUM, "--env-id", "faulty_envs:Walk-v0", "--checkpoint-interval", 700]
-    arguments += FLAGS[name].split()
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, name: str):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    succeed(*arguments(name, whole), classes=CLASSES[name])
+    with mock.patch("cup.evaluate", side_effect=KeyboardInterrupt):
+        assert call_cup(*arguments(name, other), classes=CLASSES[name]).returncode == 130
+    assert checkpoint_of(other)["step"] == 260
+    succeed(*arguments(name, other), "--resume", classes=CLASSES[name])
+    rows = metrics(whole)
+    assert rows == metrics(other)
+    assert all(rows[-1][column] for column in rows[-1] if "success" not in column)  # all is known
+    assert checkpoint_of(whole)["name"] == f"{ENV}__{name}__1"
+    assert call_cup(*SHORT, "--run-dir", whole, "--resume").returncode == 2  # SAC: another's run
+    is_policy = name in ("mamba", "ptf")  # whose actor is SAC's
+    assert (whole / "policy.pt").exists() == is_policy
+    assert not is_policy or same_policy(whole, other)
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    succeed(*arguments, "--run-dir", whole, classes=CLASSES[name])
-    script = Path(cup.__file__).parent / f"baselines/{name}.py"
-    longer = [*arguments, "--total-timesteps", 1380]  # before it ends there is time for the kill
-    process = started_run(killed, *longer, script=script, rows=36)
-    process.send_signal(signal.SIGKILL)
-    assert finish(process).returncode == -signal.SIGKILL
-    checkpoint = checkpoint_of(killed)
-    if name == "mamba":  # a source has taken over
-        assert any(len(path) for path in checkpoint["agent"]["_extra_state"]["paths"])
-    succeed(*arguments, "--run-dir", killed, "--resume", classes=CLASSES[name])
-    assert same_result(whole, killed)
-
-    last = metrics(whole)[-1]
-    assert all(last.values()) and not any("success" in name for name in last)  # Pendulum has none
-    if name in OWN_POLICY:
-        assert OWN_POLICY[name] in weights(whole)
-        with pytest.raises(cup.UserError, match="not a policy file"):
-            cup.load_policy(whole / "policy.pt")
-    else:
-        assert cup.load_policy(whole / "policy.pt").obs_dim == 2
-
-
-def test_the_run_of_another_method_is_left_alone(tmp_path: Path):
-    arguments = [*PENDULUM, "--total-timesteps", 60, "--run-dir", tmp_path / "run", "--resume"]
-    succeed(*arguments, classes=CLASSES["multipolar"])
-    result = call_cup(*arguments)
-    assert one_sentence(result, "was started with method = multipolar, not cup"), result.stderr
+    succeed(*arguments("mamba", whole), classes=CLASSES["mamba"])
+    longer = [*arguments("mamba", killed), "--total-timesteps", 3000]  # there is time for the kill
+    process = started_run(killed, *longer, script=mamba.__file__, rows=8)
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    succeed(*arguments("mamba", killed), "--resume", classes=CLASSES["mamba"])
+    assert metrics(whole) == metrics(killed) and same_policy(whole, killed)
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "complaint"),
+    ("name", "flags"),
+    [("mamba", "--gae-lambda 1 --first-rollouts 0 --rollout-share 0"), ("ptf", "--c 0")],
+)
+def test_without_its_part_a_method_is_sac_to_the_last_digit(tmp_path: Path, name: str, flags: str):
+    succeed(*SHORT, "--run-dir", tmp_path / "sac")
+    succeed(*arguments(name, tmp_path / name), *flags.split(), classes=CLASSES[name])
+    sac, ours = metrics(tmp_path / "sac"), metrics(tmp_path / name)
+    assert len(sac) > 10 and sac == [{column: row[column] for column in sac[0]} for row in ours]
+    assert same_policy(tmp_path / "sac", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "complaint"),
     [
-        ("haar", "--sources", "HAAR's skills"), ("haar", "--k 0", "--k is out"),
-        ("haar", "--gamma-h 1.5", "must not exceed"), ("haar", "--k 2000", "--learning-starts"),
-        ("mamba", "--sources", "MAMBA improves on source policies"),
-        ("mamba", "--gae-lambda 1.5", "--gae-lambda"), ("mamba", "--rollout-share 2", "0 to 1"),
-        ("mamba", "--rollout-share 0", "without roll-outs"),
-        ("mamba", "--value-updates 0", "--value-updates is out"),
-        ("multipolar", "--sources", "MULTIPOLAR aggregates"),
-        *((name, "--compile", "--compile knows") for name in CLASSES),
-        ("ptf", "--sources", "PTF imitates"), ("ptf", "--c -1", "--c is out"),
-        ("ptf", "--xi -1", "--xi is out"),
+        *((name, "--sources", name.upper()) for name in CLASSES),
+        ("mamba", "--gae-lambda 1.5", "from 0 to 1"), ("mamba", "--rollout-share 2", "from 0 to 1"),
+        ("mamba", "--first-rollouts 0", "--first-rollouts 0 needs"),
     ],
 )
-def test_bad_input_is_a_usage_error(name: str, arguments: str, complaint: str):
-    result = call_cup("--env-id", "Pendulum-v1", *arguments.split(), classes=CLASSES[name])
-    assert result.returncode == 2
-    assert complaint in result.stderr
-
-
-def test_the_ends_of_mambas_ranges_are_allowed():
-    for share in (0.0, 1.0):
-        mamba.Args(env_id="x", cuda=False, gae_lambda=1.0 - share, rollout_share=share)
+def test_bad_input_is_a_usage_error(name: str, flags: str, complaint: str):
+    result = call_cup("--env-id", "Pendulum-v1", *flags.split(), classes=CLASSES[name])
+    assert result.returncode == 2 and complaint in result.stderr

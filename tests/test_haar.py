@@ -1,258 +1,213 @@
-"""HAAR: the equations of its two levels, its segments, and a task for two skills."""
+"""HAAR: the equations of its two levels, its segments, what learns when, and two simple skills."""
 
+import pytest
 import torch
 from by_hand import copies, same
 from small_tasks import learn, score
-from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 import cup
 from baselines import haar
 
-OBS_DIM, ACTION_DIM, BATCH, NUM_ENVS = 5, 2, 32, 2
+OBS_DIM, ACTION_DIM, BATCH, K, STEPS = 5, 2, 32, 3, 4
 
 
-def make_args(**changes) -> haar.Args:
-    settings = {"env_id": "none", "hidden_sizes": (16, 16), "buffer_size": 5_000, "k": 3}
-    return haar.Args(**(settings | {"num_envs": NUM_ENVS} | changes))
-
-
-def make_agent(num_skills: int = 3, **changes) -> haar.HAAR:
+def make_agent(sources=None, **changes) -> haar.HAAR:
     torch.manual_seed(0)
-    actors = [cup.Actor(OBS_DIM, ACTION_DIM, (16, 8 + k)) for k in range(num_skills)]
-    sources = {f"skill-{k}": actor.requires_grad_(False) for k, actor in enumerate(actors)}
-    return haar.HAAR(make_args(**changes), OBS_DIM, ACTION_DIM, sources)
+    sources = sources or [cup.Actor(OBS_DIM, ACTION_DIM, (16, 8 + i)) for i in range(K)]
+    sources = {f"skill-{i}": actor.requires_grad_(False) for i, actor in enumerate(sources)}
+    settings = {"k": STEPS, "num_envs": 2, "buffer_size": 5_000} | changes
+    args = haar.Args(env_id="none", hidden_sizes=(16, 16), **settings)
+    return haar.HAAR(args, sources["skill-0"].obs_dim, sources["skill-0"].action_dim, sources)
 
 
-def make_steps(num_skills: int = 3) -> haar.Steps:
-    """Random steps of random segments; some are last, some segments terminate."""
-    obs, next_obs, first, last = torch.randn(4, BATCH, OBS_DIM)
-    action, reward = torch.rand(BATCH, ACTION_DIM) * 2 - 1, torch.randn(BATCH)
-    terminated, is_last = (torch.rand(2, BATCH) < 0.3).float()
-    z = torch.randint(num_skills, (BATCH,)).float()
-    return haar.Steps(obs, next_obs, action, reward, terminated, first, last, z, is_last)
+def make_segments(num_random: int = 0) -> haar.Segments:
+    """Random segments; some terminate, and are shorter. The actions of the first are random."""
+    obs = torch.randn(BATCH, STEPS + 1, OBS_DIM, dtype=torch.float64)
+    terminated = (torch.rand(BATCH) < 0.3).float()
+    length = torch.where(terminated == 1, torch.randint(1, STEPS + 1, (BATCH,)), STEPS)
+    z = torch.where(torch.arange(BATCH) < num_random, -1, torch.randint(K, (BATCH,)))
+    action, reward = torch.rand(BATCH, STEPS, ACTION_DIM) * 2 - 1, torch.randn(BATCH)
+    return haar.Segments(obs[:, 0], obs, action, z, length, reward, terminated)
 
 
-# ---- equations -----------------------------------------------------------------------------------
+def update(agent: haar.HAAR, batch: haar.Segments, **options) -> dict[str, torch.Tensor]:
+    """An update whose high level has the same batch."""
+    agent.sample_recent = lambda: batch
+    return agent.update(batch, **options)
+
+
+def high_level(agent: haar.HAAR, critic, obs: torch.Tensor):
+    """Q_h of both networks, pi_h (batch, K) and V_h (batch,), the sum over skills."""
+    obs = agent.actor.standardize(obs)
+    (q1, q2), prob = (network(obs) for network in critic), agent.actor.net(obs).softmax(dim=1)
+    value = sum(prob[:, z] * torch.minimum(q1[:, z], q2[:, z]) for z in range(prob.shape[1]))
+    return (q1, q2), prob, value
+
+
 def test_advantages_telescope():
-    """gamma_h = 1: over an episode the A_h sum to return + k V(end) - k V(start)."""
-    torch.manual_seed(0)
-    k, rewards, value = 5, torch.randn(8, 5), torch.randn(9)
+    """gamma_h = 1: over an episode the A_h / k sum to that of the R / k, + V(end) - V(start)."""
+    agent, batch = make_agent(gamma_h=1.0), make_segments()
+    states = torch.randn(BATCH + 1, OBS_DIM, dtype=torch.float64)
+    batch.obs[:, 0], batch.obs[:, -1] = states[:-1], states[1:]
     for end in (0.0, 1.0):  # after a termination V(end) = 0
-        terminated = end * torch.eye(8)[-1]
-        low = haar.low_reward(rewards.mean(dim=1), terminated, value[:-1], value[1:], 1.0)
-        expected = rewards.sum() + k * ((1 - end) * value[-1] - value[0])
-        torch.testing.assert_close(k * low.sum(), expected)
+        info = update(agent, batch._replace(terminated=end * torch.eye(BATCH)[-1]))
+        value = high_level(agent, agent.high_critic, states)[2]
+        expected = batch.mean_reward.sum() + (1 - end) * value[-1] - value[0]
+        torch.testing.assert_close(BATCH * info["low/reward"], expected)
 
 
 def test_losses_of_the_high_level():
-    """Against loops: y_h = R / k + gamma_h (1 - d) V_h(s_k), and SAC's loss of a categorical."""
-    agent = make_agent(gamma_h=0.8)
-    steps = make_steps()
+    """y_h = R / k + gamma_h (1 - d) V_h(s_k), where a skill has acted; SAC's of a categorical."""
+    agent, batch = make_agent(gamma_h=0.8), make_segments(num_random=9)
     with torch.no_grad():
-        for parameter in agent.high_target.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # another than the critic
-        q = agent.high_critic(steps.first.expand(2, -1, -1))
-        next_q = agent.high_target(steps.last.expand(2, -1, -1))
-        log_prob, next_log_prob = map(agent.actor.high_log_prob, (steps.first, steps.last))
-    critic_loss = actor_loss = 0.0
+        agent.high_target[0][-1].bias -= 5  # another than the critic
+        agent.log_high_alpha.fill_(-0.7)
+        value = high_level(agent, agent.high_target, batch.obs[:, -1])[2]
+        q, prob, _ = high_level(agent, agent.high_critic, batch.first)
+    y = batch.mean_reward + 0.8 * (1 - batch.terminated) * value
+    critic_loss = sum((q[j][i, batch.z[i]] - y[i]) ** 2 for i in range(9, BATCH) for j in (0, 1))
+    actor_loss = (prob * (0.4965853 * prob.log() - torch.minimum(*q))).sum(dim=1)
+    slow, info = copies(agent.high_target), update(agent, batch)
+    torch.testing.assert_close(info["loss/high_critic"], critic_loss / BATCH)
+    torch.testing.assert_close(info["loss/high_actor"], actor_loss.mean())
+    torch.testing.assert_close(info["skill/selected/skill-1"], prob[:, 1].mean())
+    expected = [old.lerp(new, 0.005) for old, new in zip(slow, agent.high_critic.parameters())]
+    torch.testing.assert_close(copies(agent.high_target), expected)
+    assert agent.log_high_alpha < -0.7 and info["high/entropy"] > 0.3 * 1.0986123  # so it falls
+
+
+def test_the_low_level_is_sac_with_skills(monkeypatch):
+    """What the critics are asked, and the TD target; a critic of zeros, a target critic of c_z."""
+    agent, batch, asked = make_agent(gamma_h=0.8, gamma=0.9), make_segments(num_random=9), []
+    c = torch.tensor([1.0, 20.0, 300.0])
+    agent.log_alpha.data.fill_(-50)
+    agent.actor.net = torch.nn.Linear(OBS_DIM, K)  # pi_h picks the largest of the state's first K
+    agent.actor.net.weight.data = 9999.0 * torch.eye(K, OBS_DIM)
+
+    class Critic(torch.nn.Module):
+        def forward(self, obs, action):
+            asked.append((obs, action))
+            return torch.zeros(2, BATCH)
+
+        def min_q(self, obs, action):
+            return self(obs, action)[0] + action[:, :K] @ c
+
+    agent.critic = agent.target_critic = Critic()
+    monkeypatch.setattr(agent, "minimize", lambda loss, optimizer: None)
+    info = update(agent, batch)
+    (next_obs, next_action), (obs, action), (same_obs, own_action) = asked
+    first, last = (high_level(agent, agent.high_critic, batch.obs[:, t])[2] for t in (0, -1))
+    loss, times, labels = 0.0, set(), set()
     for i in range(BATCH):
-        value = sum(next_log_prob[i, z].exp() * next_q[:, i, z].min() for z in range(3))
-        y = steps.mean_reward[i] + 0.8 * (1 - steps.terminated[i]) * value
-        critic_loss += ((q[:, i, int(steps.z[i])] - y) ** 2).sum() / BATCH
-        for z in range(3):  # alpha_h is 1
-            loss = log_prob[i, z] - q[:, i, z].min()
-            actor_loss += log_prob[i, z].exp() * loss / BATCH
-    info = agent.update(steps)
-    torch.testing.assert_close(info["loss/high_critic"], critic_loss)
-    torch.testing.assert_close(info["loss/high_actor"], actor_loss)
-    names = "loss/critic loss/actor alpha entropy loss/high_critic loss/high_actor high/alpha "
-    names += "high/entropy high/value low/reward"
-    assert info.keys() == {*names.split(), *(f"skill/selected/skill-{k}" for k in range(3))}
+        (t,) = (batch.obs[i] == obs[i]).all(dim=1).nonzero().flatten().tolist()
+        z, is_last = action[i, :K].argmax().item(), t + 1 == batch.length[i]
+        next_z = batch.obs[i, -1, :K].argmax() if is_last else z
+        assert action[i].tolist() == torch.eye(K)[z].tolist() + batch.action[i, t].tolist()
+        assert torch.equal(next_obs[i], batch.obs[i, t + 1])
+        assert next_action[i, :K].argmax() == next_z and (z == batch.z[i] or i < 9)
+        reward = batch.mean_reward[i] + 0.8 * (1 - batch.terminated[i]) * last[i] - first[i]
+        goes_on = not (is_last and batch.terminated[i])
+        loss += 2 * (reward + 0.9 * goes_on * c[next_z]) ** 2 / BATCH
+        times.add(t)
+        labels |= {z} if i < 9 else set()  # random actions have a random one
+    torch.testing.assert_close(info["loss/critic"], loss)
+    torch.testing.assert_close(info["loss/actor"], -(own_action[:, :K] @ c).mean())
+    assert torch.equal(obs, same_obs) and torch.equal(action[:, :K], own_action[:, :K])
+    assert times == set(range(STEPS)) and len(labels) > 1
 
 
-def test_the_low_level_is_sac_on_states_with_skills(monkeypatch):
-    """What cup.Agent's update gets: reward A_h / k, the same z next, or pi_h's after the last."""
-    agent = make_agent(gamma_h=0.8)
-    with torch.no_grad():
-        agent.actor.net[-1].weight.zero_()
-        agent.actor.net[-1].bias.copy_(torch.tensor([-99.0, 99.0, -99.0]))  # pi_h picks 1
-    steps = make_steps()
-    with torch.no_grad():
-        first, last = (agent.high_critic(x.expand(2, -1, -1))[:, :, 1].amin(dim=0)
-                       for x in (steps.first, steps.last))
-    given = []
-    monkeypatch.setattr(cup.Agent, "update", lambda self, batch, guide: given.append(batch) or {})
-    agent.update(steps)
-    (batch,) = given
-    for i in range(BATCH):
-        reward = steps.mean_reward[i] + 0.8 * (1 - steps.terminated[i]) * last[i] - first[i]
-        torch.testing.assert_close(batch.reward[i], reward)
-        assert batch.terminated[i] == (steps.is_last[i] and steps.terminated[i])
-        next_z = 1 if steps.is_last[i] else int(steps.z[i])
-        assert torch.equal(batch.obs[i], torch.cat([steps.obs[i], torch.eye(3)[int(steps.z[i])]]))
-        assert torch.equal(batch.next_obs[i], torch.cat([steps.next_obs[i], torch.eye(3)[next_z]]))
+def test_skills_stay_near_a_copy_that_follows():
+    """anchor KL(skill || copy) is in their loss; the copy moves by anchor_tau."""
+    kl, batch = {}, make_segments()
+    batch.obs[:] = batch.obs[:, :1].clone()  # whichever step is drawn, the state is the same
+    for anchor in (0.0, 100.0):
+        agent = make_agent(anchor=anchor, anchor_tau=0.1, policy_lr=1e-2)
+        for _ in range(20):
+            dists = [actor(batch.first, batch.z) for actor in (agent.actor, agent.slow_actor)]
+            slow, kl[anchor] = copies(agent.slow_actor.skills), update(agent, batch)["low/kl"]
+        skill, copy = (Normal(mean, log_std.exp()) for mean, log_std in dists)
+        torch.testing.assert_close(kl[anchor], kl_divergence(skill, copy).sum(dim=1).mean())
+        expected = [old.lerp(new, 0.1) for old, new in zip(slow, agent.actor.skills.parameters())]
+        torch.testing.assert_close(copies(agent.slow_actor.skills), expected)
+    assert kl[100.0] < kl[0.0] / 3
 
 
-# ---- the actor -----------------------------------------------------------------------------------
 def test_skills_begin_as_the_sources():
-    """Also after `standardize`, which shows them what the sources ignored (scale 0)."""
-    torch.manual_seed(0)
-    source = cup.Actor(OBS_DIM, ACTION_DIM, (16, 16)).requires_grad_(False)
-    source.standardize.scale[2:4] = 0
-    source.standardize.shift[0] = 0.5
-    agent = haar.HAAR(make_args(), OBS_DIM, ACTION_DIM, {"a": source, "b": source})
-    obs, states = torch.randn(50, OBS_DIM), torch.randn(BATCH, OBS_DIM)
-    for z in (0, 1):
-        skill = agent.actor(agent.actor.with_skill(obs, torch.full((50,), z)))
-        assert all(map(torch.equal, skill, source(obs)))
-    agent.buffer.add(make_steps(num_skills=2)._replace(obs=states))
-    agent.fit_standardization()
-    assert all(map(torch.allclose, agent.actor(obs), source(obs)))
-    skill = agent.actor.skills[0]
-    assert (skill.standardize.scale != 0).all() and skill.standardize.shift[0] == 0.5
-    agent.update(make_steps(num_skills=2))
-    assert (skill.net[0].weight[:, 2:4] != 0).any()  # and it learns to look
-    assert (source.net[0].weight != skill.net[0].weight).any()  # the source is as it was
-
-
-def test_the_policy_takes_the_most_probable_skill():
-    agent = make_agent()
-    obs = torch.randn(40, OBS_DIM)
+    """Also in what they see: what a source ignored (scale 0) they may learn to use."""
+    sources = [cup.Actor(OBS_DIM, ACTION_DIM, (16, 16)) for _ in range(K)]
+    for source in sources:
+        source.standardize.scale[2:4], source.standardize.shift[0] = 0, 0.5
+    agent, before, obs = make_agent(sources), copies(*sources), torch.randn(50, OBS_DIM)
     best = agent.actor.high_log_prob(obs).argmax(dim=1)
-    mean, log_std = agent.actor(obs)
-    for i in range(40):
-        expected = agent.actor.skills[best[i]](obs[i : i + 1])
-        torch.testing.assert_close((mean[i : i + 1], log_std[i : i + 1]), expected)
-
-
-def test_the_low_level_does_not_teach_the_high_level():
-    """Whether skills learn or not, V_h and pi_h learn the same."""
-    agents = make_agent(), make_agent(freeze_skills=True)
-    steps = make_steps()
-    before = copies(agents[0].actor.skills)
-    for agent in agents:
-        agent.update(steps)
-    high = [copies(agent.high_critic, agent.high_target, agent.actor.net) for agent in agents]
-    assert all(map(torch.equal, *high))
-    assert torch.equal(agents[0].log_high_alpha, agents[1].log_high_alpha)
-    assert not same(before, agents[0].actor.skills)
-    assert same(before, agents[1].actor.skills)
+    for z, source in enumerate(sources):
+        dist = source(obs)
+        torch.testing.assert_close(agent.actor(obs, torch.full((50,), z)), dist)
+        torch.testing.assert_close(agent.actor(obs)[0][best == z], dist[0][best == z])
+    update(agent, make_segments())
+    assert (agent.actor.skills[0].net[0].weight[:, 2:4] != 0).any() and same(before, *sources)
 
 
 def test_skills_wait_for_their_critic():
-    """Before --guidance-starts the low critic learns, the skills and their alpha do not."""
-    agent = make_agent()
-    skills, critic = copies(agent.actor.skills), copies(agent.critic)
-    alpha = agent.log_alpha.detach().clone()
-    agent.update(make_steps(), guide=False)
-    assert same(skills, agent.actor.skills) and not same(critic, agent.critic)
-    assert torch.equal(agent.log_alpha, alpha)
-    agent.update(make_steps(), guide=True)
-    assert not same(skills, agent.actor.skills)
-    assert not torch.equal(agent.log_alpha, alpha)
+    """Until then, or frozen, they and alpha have no step. Q_h and pi_h learn the same anyway."""
+    high = []
+    for freeze_skills, guide in ((False, False), (True, True), (False, True)):
+        agent, learns = make_agent(freeze_skills=freeze_skills), guide and not freeze_skills
+        skills, critic = copies(agent.actor.skills), copies(agent.critic)
+        info = update(agent, make_segments(), guide=guide)
+        assert same(skills, agent.actor.skills) != learns and not same(critic, agent.critic)
+        assert bool(agent.skill_optimizer.state) == bool(agent.alpha_optimizer.state) == learns
+        assert info["entropy"] > agent.target_entropy == -ACTION_DIM  # so alpha falls
+        assert (agent.log_alpha.exp() < info["alpha"]) == learns
+        high.append(copies(agent.high_critic, agent.actor.net))
+    assert all(map(torch.equal, high[0], high[1])) and all(map(torch.equal, *high[1:]))
 
 
-def test_a_skill_lasts_k_steps():
-    agent = make_agent(num_envs=100, k=3)
-    obs, chosen = torch.randn(100, OBS_DIM), []
-    for t in range(6):
-        agent.act(obs, [t] * 100)
-        chosen.append(agent.z.clone())
-    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
-    assert not torch.equal(chosen[2], chosen[3])
-    assert torch.equal(chosen[3], chosen[5])
-    agent.act(obs, [6] * 50 + [7] * 50)  # half are not at a boundary
-    assert torch.equal(agent.z[50:], chosen[5][50:])
-
-
-# ---- segments ------------------------------------------------------------------------------------
 def test_segments_of_two_environments():
-    """k = 3. The first is cut by a time limit after four steps, the second terminates after two."""
-    agent = make_agent(k=3, num_envs=2)
-    states = torch.arange(24.0).reshape(12, 2, 1).expand(-1, -1, OBS_DIM)
-    obs, written = states[0], []
-    for t in range(7):
-        next_obs = states[t + 1]
-        terminated = torch.tensor([0.0, t == 1])
-        agent.act(obs, [t % 4, t if t < 2 else t - 2])
-        written.append((obs, next_obs, agent.z.clone()))
-        reward = torch.full((2,), float(t))
-        agent.store(obs, torch.full((2, ACTION_DIM), t / 10), next_obs, reward, terminated)
-        obs = next_obs.clone()
-        if t == 3:
-            obs[0] = -50.0  # the first environment begins another episode
-        if t == 1:
-            obs[1] = -60.0  # and so does the second
-    buffer = agent.buffer
-    rows = haar.Steps(*(column[: buffer.size] for column in buffer.columns))
-    segments = [(0, [0, 1, 2]), (0, [3]), (0, [4, 5, 6]), (1, [0, 1]), (1, [2, 3, 4])]
-    assert buffer.size == sum(len(steps) for _, steps in segments)
-    for env, steps in segments:
-        for t in steps:
-            obs, next_obs, z = written[t]
-            (i,) = (rows.obs == obs[env]).all(dim=1).nonzero().flatten()
-            assert torch.equal(rows.next_obs[i], next_obs[env])
-            assert torch.equal(rows.action[i], torch.full((ACTION_DIM,), t / 10))
-            assert torch.equal(rows.first[i], written[steps[0]][0][env])
-            assert torch.equal(rows.last[i], written[steps[-1]][1][env])
-            assert rows.mean_reward[i] == sum(steps) / len(steps)
-            assert rows.z[i] == z[env]
-            assert rows.is_last[i] == (t == steps[-1])
-            assert rows.terminated[i] == (env == 1 and steps == [0, 1])
+    """k = 3, five random steps. A time limit cuts the first after 10 steps, whose last two are in
+    no segment, nor are the last two random ones; the second terminates after 7."""
+    agent = make_agent(k=3)
+    states = torch.arange(24.0).double().reshape(12, 2, 1).repeat(1, 1, OBS_DIM)
+    for t in range(11):
+        obs = states[t] - torch.tensor([[50.0 * (t == 10)], [0.0]])
+        if t >= 5:
+            agent.actor.net[-1].bias.data[:] = 99.0 * torch.eye(3)[t % 3]  # pi_h picks t mod 3
+            agent.act(obs)
+        reward, terminated = torch.full((2,), float(t)), torch.tensor([0.0, t == 6])
+        agent.store(obs, torch.full((2, ACTION_DIM), t / 10), states[t + 1], reward, terminated)
+    rows = haar.Segments(*(column[: agent.buffer.size] for column in agent.buffer.columns))
+    expected = [(0, [0, 1, 2]), (1, [0, 1, 2]), (1, [5, 6]), (0, [5, 6, 7]), (1, [7, 8, 9])]
+    assert len(rows.z) == len(expected) and agent.length.tolist() == [1, 1]
+    for i, (env, steps) in enumerate(expected):
+        assert rows.length[i] == len(steps) and rows.terminated[i] == (steps == [5, 6])
+        assert torch.equal(rows.first[i], states[steps[0], env])
+        assert torch.equal(rows.obs[i, : len(steps) + 1], states[steps[0] : steps[-1] + 2, env])
+        assert rows.action[i, : len(steps), 0].tolist() == pytest.approx([t / 10 for t in steps])
+        assert rows.mean_reward[i] == sum(steps) / len(steps)
+        assert rows.z[i] == (steps[0] % 3 if steps[0] >= 5 else -1)
 
 
-# ---- a small task --------------------------------------------------------------------------------
-
-# A point in the plane fetches a key on the right, then opens a door on the left; the state is
-# where it is and whether it has the key. One source goes to the key, one to the door.
-KEY, DOOR = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
-
-
-def near_the_middle(number: int) -> Tensor:
-    return torch.cat([0.6 * torch.rand(number, 2) - 0.3, torch.zeros(number, 1)], dim=1)
+def test_the_high_level_learns_from_recent_segments():
+    agent = make_agent(recent_steps=STEPS * BATCH)
+    for number in range(50):
+        agent.buffer.add(make_segments()._replace(mean_reward=torch.full((BATCH,), number)))
+    assert set(agent.sample_recent().mean_reward.tolist()) == {49}
 
 
-def move(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The next state, the reward (how far the next aim is, less 2 without the key), no end."""
-    position = state[:, :2] + 0.1 * action
-    to_key, to_door = (position - KEY).norm(dim=1), (position - DOOR).norm(dim=1)
-    has_key = (state[:, 2] == 1) | (to_key < 0.3)
-    reward = torch.where(has_key, -to_door, -2 - to_key)
-    state = torch.cat([position, has_key.float().unsqueeze(1)], dim=1)
-    return state, reward, torch.zeros(len(state))
+@pytest.mark.parametrize("freeze_skills", [True, False])
+def test_two_skills_do_what_neither_does_alone(freeze_skills: bool):
+    """On a line with its goal in the middle, one skill goes left and one right."""
+    sources = [cup.Actor(1, 1, (8,)) for _ in range(2)]
+    for source, aim in zip(sources, (-2.0, 2.0)):
+        source.net[-1].weight.data.zero_()
+        source.net[-1].bias.data.copy_(torch.tensor([aim, -1.0]))
 
+    def step(state, action):
+        state = (state + 0.1 * action).clamp(-2, 2)
+        return state, -state.abs().squeeze(1).float(), torch.zeros(len(state))
 
-def go_to(aim: Tensor, speed: float) -> cup.Actor:
-    """A network whose mean is speed * (aim - position): ReLUs of the state and of its negative."""
-    actor, weight = cup.Actor(3, 2, (6,)), torch.zeros(4, 3)
-    weight[0, 0] = weight[1, 1] = -speed
-    weights = {"0.weight": torch.cat([torch.eye(3), -torch.eye(3)]), "0.bias": torch.zeros(6)}
-    weights["2.weight"] = torch.cat([weight, -weight], dim=1)
-    weights["2.bias"] = torch.cat([speed * aim, torch.zeros(2)])
-    actor.net.load_state_dict(weights)
-    return actor.requires_grad_(False)
-
-
-def test_two_skills_do_what_neither_does_alone():
-    """Most of what the better one leaves to gain, whether the skills learn or are frozen.
-
-    SAC, in as many updates, is behind the better source.
-    """
-    sources = {"key": go_to(KEY, 3.0), "door": go_to(DOOR, 3.0)}
-
-    def both(state: Tensor):
-        choice = zip(sources["key"](state), sources["door"](state), strict=True)
-        return [torch.where(state[:, 2:] == 1, door, key) for key, door in choice]
-
-    task = {"first_states": near_the_middle, "step": move}
-    alone = max(score(source, **task) for source in sources.values())
-    rates = {"policy_lr": 3e-3, "q_lr": 3e-3, "tau": 0.02, "gamma": 0.95, "gamma_h": 0.8}
-    sizes = {"k": 5, "num_envs": 16, "buffer_size": 20_000, "hidden_sizes": (32, 32)}
-    task |= {"updates": 250, "guidance_starts": 150, "standardize": True}
-    for freeze_skills in (True, False):
-        torch.manual_seed(1)
-        args = make_args(freeze_skills=freeze_skills, **rates, **sizes)
-        learnt = learn(haar.HAAR(args, 3, 2, sources), **task)
-        assert learnt > alone + (score(both, near_the_middle, move) - alone) / 2
-    torch.manual_seed(1)
-    assert learn(cup.Agent(args, 3, 2, {}), **task) < alone
+    task = {"first_states": lambda num: 4 * torch.rand(num, 1).double() - 2, "step": step}
+    settings = {"k": 2, "gamma": 0.9, "gamma_h": 0.9, "tau": 0.02, "q_lr": 3e-3, "num_envs": 16}
+    agent = make_agent(sources, freeze_skills=freeze_skills, **settings)
+    learnt = learn(agent, updates=100, guidance_starts=60, **task)
+    assert learnt > max(score(source, **task) for source in sources) / 4

@@ -22,16 +22,11 @@ def make_agent() -> tuple[Multipolar, dict[str, cup.Actor]]:
     return Multipolar(Args(**SETTINGS), OBS_DIM, ACTION_DIM, sources), sources
 
 
-def without_residual(actor: Aggregate) -> Aggregate:
-    """The same with F = 0; its parameters can be set."""
-    last = actor.requires_grad_(False).residual.net[-1]
-    last.weight[:ACTION_DIM], last.bias[:ACTION_DIM] = 0, 0
-    return actor
-
-
 def test_one_hot_theta_without_residual_is_a_source_to_the_last_bit():
-    agent, sources = make_agent()
-    actor, obs = without_residual(agent.actor), torch.randn(1000, OBS_DIM)
+    (agent, sources), obs = make_agent(), torch.randn(1000, OBS_DIM)
+    actor = agent.actor.requires_grad_(False)
+    last = actor.residual.net[-1]
+    last.weight[:ACTION_DIM] = last.bias[:ACTION_DIM] = 0  # F = 0
     for k, source in enumerate(sources.values()):
         actor.theta.zero_()[k] = K
         assert torch.equal(actor(obs)[0], source(obs)[0])

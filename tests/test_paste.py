@@ -33,8 +33,7 @@ source = load_policy("source.pt")
 
 
 def test_cup_pasted_into_it_guides(tmp_path, monkeypatch):
-    assert PASTED.count("\ndef ") == 6
-    assert len(PASTED.splitlines()) <= 100
+    assert PASTED.count("\ndef ") == 6 and len(PASTED.splitlines()) <= 100
     assert len("".join(WRITTEN.values()).splitlines()) <= 30
     text = HOST.read_text()
     for mark, lines in (WRITTEN | {"functions": PASTED}).items():
@@ -45,13 +44,11 @@ def test_cup_pasted_into_it_guides(tmp_path, monkeypatch):
     torch.manual_seed(0)
     cup.save(cup.policy_content(cup.Actor(10, 2, [16])), Path("source.pt"))
 
-    runs = [runpy.run_path(path, run_name="__main__")["logs"] for path in (HOST, "guided_sac.py")]
-    for name in ("loss/critic", "loss/actor"):
-        values = torch.tensor([[row[name] for row in logs] for logs in runs])
-        assert values.isfinite().all()
-        assert values[0, 0] == values[1, 0] and values[0, -1] != values[1, -1]
-    guided = runs[1][-1]  # the last minibatch
-    selected = guided["guidance"] == 0
-    assert 0 < selected.float().mean() < 1
-    assert torch.equal(guided["weight"] > 0, selected) and torch.equal(guided["kl"] > 0, selected)
-    assert guided["loss/kl"] > 0
+    sac, guided = (runpy.run_path(x, run_name="__main__")["logs"] for x in (HOST, "guided_sac.py"))
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in sac)
+    assert sac[0]["loss/critic"] == guided[0]["loss/critic"]
+    assert sac[-1]["loss/critic"] != guided[-1]["loss/critic"]
+    selected = guided[-1]["guidance"] == 0  # in the last minibatch
+    assert 0 < selected.float().mean() < 1 and guided[-1]["loss/kl"] > 0
+    assert torch.equal(guided[-1]["weight"] > 0, selected)
+    assert torch.equal(guided[-1]["kl"] > 0, selected)

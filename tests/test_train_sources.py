@@ -1,4 +1,4 @@
-"""train_sources.py: trains, tests, ships, goes on, starts nothing twice; clones a controller."""
+"""train_sources.py: when a policy is accepted, which one is kept, and the real command line."""
 
 import os
 import re
@@ -7,201 +7,124 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cup
 import train_sources as script
-from program import finish, metrics, start_cup
 
-TASK = "faulty_envs:Grasp-v0"
-RUN, SOURCE = f"runs/source__{TASK}__1", f"out/{TASK}.pt"
-SHORT = "--total-timesteps", "8100"  # a few updates
-
-
-def start(directory: Path, *flags: str) -> subprocess.Popen:
-    """Start `python train_sources.py ...` as a shell would; later flags override earlier ones."""
-    typed = ["--env-ids", TASK, "--test-episodes", "4", "--runs-dir", directory / "runs"]
-    options = {"script": script.__file__, "cwd": directory, "start_new_session": True}
-    return start_cup(*typed, "--output-dir", "out", *flags, **options)
+NAN = float("nan")
+SHORT = "--total-timesteps 8100 --test-episodes 2 --output-dir out --workers 2".split()
+RUN, SOURCE = Path("runs/source__Pendulum-v1__sac__1"), Path("out/Pendulum-v1.pt")
 
 
-def train_sources(directory: Path, *flags: str) -> str:
-    """What it prints."""
-    result = finish(start(directory, *flags))
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def train(tmp_path, monkeypatch, *scores, target_success=0.95):
+    """Three intervals of `train` with these scores: the steps of cup.py, the goals, the file."""
+    steps, goals, scores = [], [], list(scores)
 
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The small task, given up after a few updates."""
-    directory = tmp_path_factory.mktemp("sources")
-    assert f"wrote {SOURCE}: success" in train_sources(directory, *SHORT)
-    return directory
-
-
-def test_the_file_says_where_it_comes_from(trained):
-    actor = cup.load_policy(trained / SOURCE)
-    assert actor.about["env_id"] == TASK
-    assert actor.about["step"] == 8112  # whole steps of 16 environments
-    assert actor.about["eval_episodes"] == 4
-    assert 4 * actor.about["success_rate"] in range(5)
-    assert 4 * actor.about["sampled_success_rate"] in range(5)
-    assert actor.about["return"] == 40
-    assert actor.about["sources"] == []
-    assert actor.standardize.scale.tolist()[3] == 0  # an observation that the task leaves empty
-    assert (trained / RUN / "checkpoint.pt").exists()
-
-
-def test_what_is_finished_is_skipped_and_comes_back_if_deleted(trained):
-    whole, before = (trained / SOURCE).read_bytes(), cup.load_policy(trained / SOURCE)
-    assert f"finished: {SOURCE}" in train_sources(trained)
-    assert (trained / SOURCE).read_bytes() == whole
-    (trained / SOURCE).unlink()
-    assert "finished 8,112 steps" in train_sources(trained, *SHORT)  # said by cup.py
-    after = cup.load_policy(trained / SOURCE)
-    assert after.about == before.about
-    assert torch.equal(after.net[0].weight, before.net[0].weight)
-
-
-def test_what_is_stopped_goes_on(tmp_path, trained):
-    """Ctrl-C, which a shell sends to a group of processes, and SIGTERM, which one gets."""
-    about = tmp_path / RUN / "args.json"  # written when the run starts or goes on
-    for kill, number in (os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM):
-        about.unlink(missing_ok=True)
-        process = start(tmp_path, *SHORT)
-        while not about.exists() and process.poll() is None:
-            time.sleep(0.1)
-        kill(process.pid, number)
-        stopped = finish(process)
-        assert stopped.returncode == 130, stopped.stderr
-        assert "the same command goes on" in stopped.stdout
-        assert (tmp_path / RUN / "checkpoint.pt").exists()
-        assert not (tmp_path / "out").exists()
-    train_sources(tmp_path, *SHORT)
-    assert metrics(tmp_path / RUN) == metrics(trained / RUN)
-
-
-def test_a_task_without_a_controller_is_a_sentence(tmp_path):
-    result = finish(start(tmp_path, "--env-ids", "rech-v2", "--from-controller"))
-    assert result.returncode == 2
-    assert re.fullmatch(r"train_sources\.py: [^\n]*rech-v2[^\n]*\n", result.stderr)
-
-
-def test_a_task_that_fails_leaves_the_others_alone(tmp_path):
-    result = finish(start(tmp_path, *SHORT, "--env-ids", "rech-v2", TASK, "--workers", "2"))
-    assert result.returncode == 2
-    assert "train_sources.py: rech-v2 stopped at step 0" in result.stderr
-    assert all("rech-v2" in line for line in result.stderr.splitlines())  # and no traceback
-    assert f"wrote {SOURCE}" in result.stdout
-
-
-# ---- when a policy passes ------------------------------------------------------------------------
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run whose policies and whose tests' results come from here."""
-    args = script.Args(target_success=0.9, output_dir=tmp_path, runs_dir=tmp_path)
-    run_dir, asked, results = tmp_path / "source__reach-v2__1", [], []
-    run_dir.mkdir()
-
-    def score(args, env_id, actor, first_episode):
-        asked.append(first_episode)
-        about = {"success_rate": results.pop(0), "sampled_success_rate": 0.5}
-        return about | {"eval_episodes": 50}
-
-    def evaluated(step, rate, *tests):
-        """The run writes a policy, of this success, which goes on to have these in its tests."""
-        with open(run_dir / "metrics.csv", "a") as file:
-            file.write(f"{step},5.0,{rate}\n{step + 50},,\n")
-        cup.save(cup.policy_content(cup.Actor(39, 4, (8,)), step=step), run_dir / "policy.pt")
-        results[:] = tests
-
-    (run_dir / "metrics.csv").write_text("step,eval/return,eval/success_rate\n")
+    def run_cup(command, **_):
+        steps.append(int(command[-1]))
+        path = Path(command[command.index("--run-dir") + 1]) / "policy.pt"
+        cup.save(cup.policy_content(cup.Actor(39, 4, (8,)), step=steps[-1]), path)
+        return subprocess.CompletedProcess(command, 0)
+    def score(actor, env_id, n, seeds, sample=False):
+        goals.append((*seeds[2:], sample))
+        return scores.pop(0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.subprocess, "run", run_cup)
     monkeypatch.setattr(script, "score", score)
-    return SimpleNamespace(args=args, dir=run_dir, asked=asked, evaluated=evaluated)
+    args = {"total_timesteps": 144_000, "output_dir": tmp_path, "target_success": target_success}
+    script.train(script.Args(**args), "reach-v2")
+    assert scores == []
+    return steps, goals, cup.load_policy(tmp_path / "reach-v2.pt").about
 
 
-def python_that_runs(code: str, monkeypatch) -> subprocess.Popen:
-    """Stands in for cup.py."""
-    process = subprocess.Popen([sys.executable, "-c", code])
-    monkeypatch.setattr(script.subprocess, "Popen", lambda *_, **__: process)
-    return process
+def test_a_policy_is_accepted_after_two_tests_and_scored_in_a_third(tmp_path, monkeypatch):
+    tests = [(0.96, 1.0), (0.88, 1.0), (0.9, 1.0), (0.94, 1.0)]
+    scores = [*tests, (0.86, 5.0), (0.8, 4.0)]
+    steps, goals, about = train(tmp_path, monkeypatch, *scores, target_success=0.9)
+    assert steps == [48_000, 96_000]
+    assert (about["step"], about["success_rate"], about["return"]) == (96_000, 0.86, 5.0)
+    assert about["sampled_success_rate"] == 0.8
+    expected = [(48_000, 1), (48_000, 2), (96_000, 1), (96_000, 2), (96_000, 3)]
+    assert goals == [*((*numbers, False) for numbers in expected), (96_000, 3, True)]
 
 
-def test_training_ends_with_a_policy_that_passes_and_not_by_luck(run, monkeypatch):
-    """The first of many policies to pass a test is often a lucky one: it has a second."""
-    forever = python_that_runs("import time; time.sleep(600)", monkeypatch)
-    task, source = script.train(run.args, "reach-v2"), run.args.output_dir / "reach-v2.pt"
-    for step, rate in (100, 1.0), (200, 0.75), (300, 1.0):
-        run.evaluated(step, rate)
-        next(task)  # 1.0 alone, then 0.875 and 0.875 on average
-    assert run.asked == []
-    for step, rate, *tests in (400, 0.875, 0.8), (500, 1.0, 0.96, 0.88), (600, 1.0, 0.7):
-        run.evaluated(step, rate, *tests)
-        next(task)
-        next(task)  # the same policy has no second try
-    best = cup.load_policy(run.dir / "best.pt").about
-    assert (best["step"], best["success_rate"]) == (500, 0.88)
-    assert forever.poll() is None and not source.exists()
-    run.evaluated(700, 1.0, 0.92, 0.94)
-    assert next(task, "done") == "done"
-    assert forever.poll() is not None
-    best = cup.load_policy(source).about
-    # of the second test: the first was passed to get there
-    assert (best["step"], best["success_rate"]) == (700, 0.94)
-    assert run.asked == [400, 500, 550, 600, 700, 750]  # 50 goals each, no goal twice
+@pytest.mark.parametrize("scores, best", [
+    ([(0.2, 1), (0.6, 2), (0.4, 3)], 96_000),
+    ([(NAN, -9), (NAN, -5), (NAN, -7)], 96_000),  # without success, by return
+    ([(NAN, -9), (NAN, -7), (NAN, -5)], 144_000),
+    ([(NAN, 5), (0.02, 1), (0, 9)], 96_000),  # some tasks report nothing but success
+])
+def test_the_best_policy_is_kept_until_the_steps_are_over(tmp_path, monkeypatch, scores, best):
+    steps, _, about = train(tmp_path, monkeypatch, *scores, (0.5, 4.0), (0.5, 4.0))
+    assert steps == [48_000, 96_000, 144_000]
+    assert (about["step"], about["success_rate"]) == (best, 0.5)
 
 
-def test_when_the_target_is_lowered_the_policy_that_passes_is_the_source(run, monkeypatch):
-    """Not the one that failed the old target with a better score in a single test."""
-    python_that_runs("import time; time.sleep(600)", monkeypatch)
-    task = script.train(run.args, "reach-v2")
-    run.evaluated(100, 1.0)
-    next(task)
-    run.evaluated(200, 1.0, 0.89)
-    next(task)
-    run.args.target_success = 0.8
-    run.evaluated(300, 1.0, 0.85, 0.82)
-    assert next(task, "done") == "done"
-    best = cup.load_policy(run.args.output_dir / "reach-v2.pt").about
-    assert (best["step"], best["success_rate"]) == (300, 0.82)
+@pytest.mark.parametrize("target, rates, steps, best", [
+    (0.95, [0.5, 0.4], [96_000, 144_000], 48_000),  # the best is from before the stop
+    (0.9, [0.9, 0.9], [96_000], 96_000),  # two tests of 90 % count more than one of 93 %
+])
+def test_what_was_stopped_goes_on(tmp_path, monkeypatch, target, rates, steps, best):
+    with pytest.raises(IndexError):  # stopped in the second test, for want of a score
+        train(tmp_path, monkeypatch, (0.93, 1.0))
+    scores = [(rate, 1.0) for rate in [*rates, 0.7, 0.7]]
+    taken, _, about = train(tmp_path, monkeypatch, *scores, target_success=target)
+    assert (taken, about["step"]) == (steps, best)
 
 
-def test_a_run_that_somebody_else_stops_is_not_given_up(run, monkeypatch):
-    python_that_runs("", monkeypatch).wait()
-    run.evaluated(9, 1.0)
-    with pytest.raises(cup.UserError, match="stopped at step 9"):
-        next(script.train(run.args, "reach-v2"))
+def test_score(monkeypatch, capsys):
+    actor, obs = cup.Actor(3, 2, (8,)), torch.zeros(1, 3)
+    mean, log_std = actor(obs)
+    actions, scores = [], [(1.0, NAN), (4.0, NAN)]
+    @torch.no_grad()
+    def evaluate(act, *_):
+        actions.append(torch.cat([act(obs)[0] for _ in range(5000)]))
+        return scores
+    monkeypatch.setattr(cup, "evaluate", evaluate)
+    success, mean_return = script.score(actor, "Task-v0", 2, (1, 2, 3))
+    assert success != success and mean_return == 2.5
+    assert "success" not in capsys.readouterr().out
+    scores = [(1.0, NAN), (4.0, 1.0)]
+    assert script.score(actor, "Task-v0", 2, (1, 2, 3), sample=True) == (0.5, 2.5)
+    assert torch.equal(actions[0], mean.expand(5000, 2))
+    torch.testing.assert_close(actions[1].mean(dim=0), mean[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(actions[1].std(dim=0).log(), log_std[0], rtol=0, atol=0.05)
 
 
-# ---- controllers ---------------------------------------------------------------------------------
-@pytest.mark.filterwarnings("ignore:Constant")  # Meta-World says that it clips actions
+def start(directory: Path, *env_ids: str) -> subprocess.Popen:
+    command = [sys.executable, script.__file__, *SHORT, "--env-ids", *env_ids]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=directory, start_new_session=True, **options)
+
+
+def test_stopped_by_ctrl_c_then_finished_then_kept(tmp_path):
+    process = start(tmp_path, "Pendulum-v1")
+    while not (tmp_path / RUN / "args.json").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in said, complaint
+    process = start(tmp_path, "rech-v2", "Pendulum-v1")  # one that fails leaves the other alone
+    said, complaint = process.communicate(timeout=300)
+    assert process.returncode == 2 and f"Pendulum-v1: wrote {SOURCE}" in said
+    assert re.fullmatch(r"train_sources.py: rech-v2 failed: cup.py: cannot [^\n]*\n", complaint)
+    about = cup.load_policy(tmp_path / SOURCE).about
+    assert (about["step"], about["eval_episodes"]) == (8112, 2)  # whole steps of 16 environments
+    assert about["sources"] == [] and -2000 < about["return"] < 0
+    before = (tmp_path / SOURCE).stat().st_mtime_ns
+    assert start(tmp_path, "Pendulum-v1").wait(timeout=60) == 0
+    assert (tmp_path / SOURCE).stat().st_mtime_ns == before
+
+
 def test_a_controller_becomes_a_source(tmp_path):
-    """For this task a fraction of the episodes and updates will do."""
-    torch.manual_seed(1)
-    args = script.Args(output_dir=tmp_path, test_episodes=4)
-    controller = script.metaworld_controller("drawer-close-v2")
-    script.clone_controller(args, "drawer-close-v2", controller, episodes=5, updates=1000)
+    args = script.Args(output_dir=tmp_path, test_episodes=2)
+    script.clone_controller(args, "drawer-close-v2", episodes=4, updates=500)
     actor = cup.load_policy(tmp_path / "drawer-close-v2.pt")
-    assert actor.about["env_id"] == "drawer-close-v2"
-    assert actor.about["step"] == 5 * 500
+    assert actor.about["step"] == 4 * 500
     assert actor.about["success_rate"] == actor.about["sampled_success_rate"] == 1
-    assert actor.about["return"] > 4000
-    assert actor.standardize.scale.min() == 0  # observations that drawer-close-v2 leaves empty
-    mean, log_std = actor(torch.randn(1000, 39))
-    assert mean.abs().max() <= 3 and log_std.min() >= -1.5
-    args = cup.Args("push-wall-v2", sources=(str(tmp_path / "drawer-close-v2.pt"),))
-    assert list(cup.load_sources(args, 39, 4)) == ["drawer-close-v2"]
-
-
-def test_an_episode_to_imitate_ends_where_the_task_does(tmp_path):
-    """This task has no time limit, and terminates after 5 steps."""
-    args = script.Args(output_dir=tmp_path, test_episodes=1)
-    script.clone_controller(
-        args, "faulty_envs:Unlimited-v0", lambda obs: 0 * obs[:1], episodes=3, updates=1
-    )
-    (written,) = tmp_path.glob("**/*.pt")
-    assert cup.load_policy(written).about["step"] == 3 * 5
+    assert actor.standardize.scale.min() == 0  # observations that the task leaves empty
+    with pytest.raises(cup.UserError, match="no controller for Pendulum-v1"):
+        script.clone_controller(args, "Pendulum-v1")
