@@ -226,18 +226,20 @@ def guidance_loss(
     noise (batch, action_dim), q, log_prob (batch,): of its actions in the actor's loss.
     source_mean, source_log_std (batch, n, action_dim). alpha: 0 for the hard advantage.
     Returns the loss, and advantage (batch, n + 1), guidance (an index), weight, kl (batch,)."""
-    shape, all_sources = mean.shape, (len(mean), source_mean.shape[1], mean.shape[1])
+    shape, all_sources = mean.shape, mean.shape[:1] + source_mean.shape[1:2] + mean.shape[1:]
     for name, tensor, expected in (
         ("log_std", log_std, shape), ("noise", noise, shape), ("q", q, shape[:1]),
         ("log_prob", log_prob, shape[:1]), ("source_mean", source_mean, all_sources),
-        ("source_log_std", source_log_std, all_sources), ("obs", obs[:, 0], shape[:1]),
+        ("source_log_std", source_log_std, all_sources), ("obs", obs, shape[:1] + obs.shape[-1:]),
     ):
         if tensor.shape != expected:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(expected)}")
+            raise ValueError(f"{name} is {[*tensor.shape]}, not {[*expected]}; mean is {[*shape]}")
     with torch.no_grad():
         # the same noise for all candidates, so that only their policies differ
         source_action, source_log_prob = squash(source_mean, source_log_std, noise.unsqueeze(1))
         source_q = critic(obs.unsqueeze(1).expand(*all_sources[:2], -1), source_action)
+        if source_q.shape != all_sources[:2]:
+            raise ValueError(f"critic returned {[*source_q.shape]}, not {[*all_sources[:2]]}")
         q = torch.cat([source_q, q.unsqueeze(1)], dim=1)  # (batch, n + 1)
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(1)], dim=1)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
@@ -358,8 +360,7 @@ class Agent(nn.Module):
         self.minimize(actor_loss, self.actor_optimizer)  # through the critic, which stays as it is
         # ---- entropy weight: L_entropy, Eq. 3
         entropy = -log_prob.detach().mean()
-        alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-        self.minimize(alpha_loss, self.alpha_optimizer)
+        self.minimize(self.log_alpha.exp() * (entropy - self.target_entropy), self.alpha_optimizer)
         # ---- target critic
         with torch.no_grad():
             for target, online in zip(self.target_critic.parameters(), self.critic.parameters()):
@@ -409,17 +410,19 @@ def derive_seed(*numbers: int) -> int:
 class RecordSuccess(gym.Wrapper):
     """`info` is empty, but at an episode's end it holds the episode's return and success: 1 if any
     step reports a success, 0 if none does, NaN if no step says anything of it."""
-    success = np.nan
+    total, success = 0.0, np.nan
 
     def step(self, action: np.ndarray):
         obs, reward, terminated, truncated, info = super().step(action)
+        reward = np.asarray(reward).item()  # some environments have an array of one
+        self.total += reward
         success = info.get("success", info.get("is_success"))
         if success is not None:
             self.success = np.fmax(self.success, float(bool(success)))
         scores = {}
         if terminated or truncated:
-            scores = {"return": float(info["episode"]["r"]), "success": float(self.success)}
-            self.success = np.nan
+            scores = {"return": self.total, "success": float(self.success)}
+            self.total, self.success = 0.0, np.nan
         return obs, reward, terminated, truncated, scores
 
 
@@ -442,9 +445,11 @@ def make_env(env_id: str, seed: int, **options) -> gym.Env:
         else:
             env = gym.make(env_id, **options)
         env = gym.wrappers.FlattenObservation(env)
+        assert isinstance(env.observation_space, gym.spaces.Box), "observations of no fixed size"
     except Exception as error:  # an environment's own code may raise anything
-        close = [name.replace("-v3", "-v2") for name in difflib.get_close_matches(task, tasks)]
+        close = difflib.get_close_matches(task, tasks)
         raise UserError(f"cannot make {env_id!r}: {error!r}; Meta-World has {close}") from error
+    torch.set_default_dtype(torch.float32)  # whatever the environment's module has set
     space = env.action_space
     is_real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not (is_real and np.abs([space.low, space.high]).max() < 1e10):  # 1e38 is no bound
@@ -454,16 +459,17 @@ def make_env(env_id: str, seed: int, **options) -> gym.Env:
         center, half_range = (space.high + space.low) / 2, (space.high - space.low) / 2
         scaled = center + half_range * action.reshape(space.shape)
         return np.clip(scaled, space.low, space.high, dtype=space.dtype)  # rounding may leave them
-    unit_box = gym.spaces.Box(-1, 1, (space.low.size,), np.float32)
-    env = gym.wrappers.TransformAction(env, rescale, unit_box)
-    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
-    return RecordSuccess(gym.wrappers.RecordEpisodeStatistics(env))
+    unit_box = gym.spaces.Box(-1, 1, (space.low.size,))
+    return RecordSuccess(gym.wrappers.TransformAction(env, rescale, unit_box))
 
 
 def save(content: dict, path: Path) -> None:
     """torch.save, then rename: `path` holds the old content or the new, never a half."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(content, file)
+    try:
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch's RuntimeError follows a write that failed
+        raise UserError(f"cannot write {path}; is the disk full?") from error
     path.with_suffix(".tmp").replace(path)
 
 
@@ -526,9 +532,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     torch.set_flush_denormal(True)  # Adam's moments become denormal numbers, which are slow
     device = torch.device("cuda" if args.cuda else "cpu")
     env = make_env(args.env_id, seed=0)
-    torch.set_default_dtype(torch.float32)  # whatever the environment's module has set
     (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    limit = getattr(env.unwrapped.spec, "max_episode_steps", 500)  # Meta-World's has no spec
+    limit = getattr(env.spec, "max_episode_steps", 500)  # Meta-World's has no spec
     if limit and limit * args.num_envs > args.checkpoint_interval:
         raise UserError(f"episodes of {limit} steps do not fit into --checkpoint-interval")
     sources = load_sources(args, obs_dim, action_dim)
@@ -539,14 +544,16 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     if any(run_dir.glob("*")) and not args.resume:
         raise UserError(f"{run_dir} exists: go on with --resume, or choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
+    # line by line; a source's name may hold any byte
+    metrics = open(run_dir / "metrics.csv", "a", 1, "utf-8", "surrogateescape", newline="")
     try:  # the lock ends with the process
-        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process trains in {run_dir}") from None
     run = {"name": name, "step": 0, "updates": 0, "seconds": 0.0, "episodes": [], "csv_size": 0}
     if (run_dir / "checkpoint.pt").exists():
         run = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-    elif (run_dir / "metrics.csv").exists():
+    elif metrics.tell() > 0:
         raise UserError(f"{run_dir} has lost its checkpoint.pt: choose another --run-dir")
     if run["name"] != name:
         raise UserError(f"{run_dir} holds the run {run['name']}: choose another --run-dir")
@@ -558,15 +565,14 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         agent.load_state_dict(run.pop("agent"))
     about = {"args": asdict(args), "packages": {x.name: x.version for x in distributions()}}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-    metrics = open(run_dir / "metrics.csv", "a", buffering=1, newline="", encoding="utf-8")
     metrics.seek(metrics.truncate(run["csv_size"]))  # later rows will come again
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
     as_obs = partial(torch.tensor, dtype=torch.float64, device=device)
-    start, info = time.monotonic() - run["seconds"], {}
+    start = time.monotonic() - run["seconds"]
     while True:
         # ---- checkpoint: from here on an unbroken run and a resumed one are the same
         is_last = step >= args.total_timesteps
-        if is_last or step % args.checkpoint_interval < args.num_envs:
+        if is_last or step == run["step"] or step % args.checkpoint_interval < args.num_envs:
             run |= {"step": step, "updates": updates, "csv_size": metrics.tell()}
             run["seconds"] = time.monotonic() - start
             save(run | {"agent": agent.state_dict()}, run_dir / "checkpoint.pt")
@@ -577,7 +583,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
                 seed_globally(seeds[0])
             makers = [partial(make_env, args.env_id, seed) for seed in seeds]
             envs = gym.vector.SyncVectorEnv(makers, autoreset_mode="Disabled")
-            obs = as_obs(envs.reset(seed=seeds)[0])
+            obs, info = as_obs(envs.reset(seed=seeds)[0]), {}
         # ---- act, step, store
         if step < args.learning_starts:
             action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
@@ -586,8 +592,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         numbers = torch.tensor(np.array([reward, terminated]), dtype=torch.float32, device=device)
         agent.store(obs, action, as_obs(next_obs), *numbers)
-        ended = terminated | truncated
-        if ended.any():
+        if (ended := terminated | truncated).any():
             episodes += zip(infos["return"][ended].tolist(), infos["success"][ended].tolist())
             next_obs, _ = envs.reset(options={"reset_mask": ended})
         obs = as_obs(next_obs)
@@ -608,16 +613,15 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         scores, seed = [], derive_seed(args.seed, 1, step, 0)  # no training goal
         if evaluates:
             scores = evaluate(agent.actor, args.env_id, args.eval_episodes, seed, device)
-            if type(agent.actor) is Actor:  # of another method, it may be more than a file holds
-                about = {"env_id": args.env_id, "step": step}
-                save(policy_content(agent.actor, **about), run_dir / "policy.pt")
+        if evaluates and type(agent.actor) is Actor:  # another method's may not fit into a file
+            save(policy_content(agent.actor, env_id=args.env_id, step=step), run_dir / "policy.pt")
         has_success = not np.isnan([success for _, success in episodes + scores]).all()
         row = {"step": step, "time/seconds": time.monotonic() - start}
         row["time/steps_per_second"] = step / row["time/seconds"]
         for prefix, some in (("train", episodes[-20:]), ("eval", scores)):
             returns, success = np.array(some or [(np.nan, np.nan)]).T
             # once an episode has said something of success, one that says nothing is a failure
-            success = np.nan_to_num(success) if has_success else success
+            success = np.nan_to_num(success) if has_success and some else success
             row |= {f"{prefix}/return": returns.mean(), f"{prefix}/success_rate": success.mean()}
         row |= {name: float(value) for name, value in info.items()}
         table = csv.writer(metrics)
@@ -633,7 +637,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
 def main(args_class: type[Args] = Args, agent_class: type[Agent] = Agent) -> None:
     """The command line, of cup.py or of another method with its own arguments and agent."""
     try:
-        train(tyro.cli(args_class, description=sys.modules["__main__"].__doc__), agent_class)
+        indented = (sys.modules["__main__"].__doc__ or "").replace("\n", "\n ")
+        train(tyro.cli(args_class, description=indented), agent_class)
     except (UserError, OSError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

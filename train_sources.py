@@ -1,8 +1,7 @@
 """Source policies for CUP: trained by cup.py until they succeed, or cloned from a controller.
 
-    python train_sources.py --workers 2                # reach-v2, push-v2, pick-place-v2: hours
-    python train_sources.py --env-ids push-wall-v2 --sources sources/push-v2.pt   # by CUP
-    python train_sources.py --env-ids push-v2 --from-controller --output-dir cloned
+    python train_sources.py --output-dir mine --workers 2   # reach, push, pick-place: hours
+    python train_sources.py --output-dir mine --env-ids push-v2 --from-controller   # minutes
 """
 
 import os
@@ -109,10 +108,11 @@ def clone_controller(args: Args, env_id: str, controller=None, episodes=100, upd
     def act(obs: torch.Tensor):  # evaluate takes the tanh of the mean
         action = torch.tensor(controller(obs[0].numpy())[None], dtype=torch.float32).clamp(-1, 1)
         seen.append((obs.double(), action.clamp(-0.98, 0.98).atanh()))  # infinite at -1 and 1
+        if len(seen) % 5000 == 0:
+            print(f"{env_id}: {len(seen):,} steps of {episodes} episodes of the controller")
         noisy = action + 0.3 * torch.randn(action.shape)  # shows states around the path, too
         return noisy.clamp(-1, 1).atanh(), None
     torch.manual_seed(args.seed)
-    print(f"{env_id}: {episodes} episodes of the controller, then {updates:,} updates")
     cup.evaluate(act, env_id, episodes, cup.derive_seed(args.seed, 5, 0, 0))
     obs, pre_tanh = map(torch.cat, zip(*seen))
     # a log-std below -1.5 is taken for -1.5 of a source: see query_sources
@@ -127,7 +127,7 @@ def clone_controller(args: Args, env_id: str, controller=None, episodes=100, upd
         loss.backward()
         optimizer.step()
         if update % 1000 == 0:
-            print(f"{env_id}: update {update:,}, loss {loss:.2f}")
+            print(f"{env_id}: {update:,} of {updates:,} updates, loss {loss:.2f}")
     write_source(args, env_id, actor, step=len(obs))
 
 

@@ -23,7 +23,7 @@ alone: A3C has 1 - beta in a comment, PPO is given the terminations and does not
 Adapted to the SAC of cup.py:
 - The clock is x, the fraction of the run that is over. The code's is t, in episodes: a run of
   500,000 steps here has 1,000 of them, its commands 20,000 (grid, pinball) or 10,000 (reacher), so
-  that f would end at 0.98. The code has f = (1 + tanh(3 - 0.0005 t)) / 2 and a greedy share of
+  that f would end at 0.99. The code has f = (1 + tanh(3 - 0.0005 t)) / 2 and a greedy share of
   0.001 t (pinball with PPO 0.0005 t, reacher 0.01 t). With t = 20,000 x these are mu = 10 and
   GREEDY_SLOPE = 20 (reacher: 5 and 100). Longer --total-timesteps with --resume set x back.
 - The original is on policy (A3C, PPO). SAC learns from replay, where the active option is an old

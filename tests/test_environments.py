@@ -93,7 +93,7 @@ def test_actions_from_minus_one_to_one_span_the_bounds_and_never_leave_them():
 
 @pytest.mark.parametrize("kind", "Integers NoBounds LargeBounds Sequence Graph".split())
 def test_spaces_that_cannot_be_learnt_in_are_named(kind):
-    with pytest.raises(cup.UserError, match=f"{kind}-v0 has .*(Box|Sequence|Graph)"):
+    with pytest.raises(cup.UserError, match=f"{kind}-v0.*(Box|Assertion)"):
         cup.make_env(f"faulty_envs:{kind}-v0", seed=1)
 
 
