@@ -106,6 +106,7 @@ class Standardize(nn.Module):
         super().__init__()
         self.register_buffer("shift", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(obs_dim, dtype=torch.float64))
+        self.dtype = torch.get_default_dtype()  # of the networks, which are made with it
 
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
@@ -121,7 +122,7 @@ class Standardize(nn.Module):
         self.scale[(self.scale == 0) & (obs != 0).any(dim=0)] = 1
 
     def forward(self, obs: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, obs, self.scale).to(torch.get_default_dtype())
+        return torch.addcmul(self.shift, obs, self.scale).to(self.dtype)
 
 
 class Actor(nn.Module):
@@ -417,8 +418,7 @@ class RecordSuccess(gym.Wrapper):
         reward = np.asarray(reward).item()  # some environments have an array of one
         self.total += reward
         success = info.get("success", info.get("is_success"))
-        if success is not None:
-            self.success = np.fmax(self.success, float(bool(success)))
+        self.success = np.fmax(self.success, np.nan if success is None else bool(success))
         scores = {}
         if terminated or truncated:
             scores = {"return": self.total, "success": float(self.success)}
@@ -522,7 +522,6 @@ def evaluate(actor, env_id: str, episodes: int, seed: int, device="cpu") -> list
             mean, _ = actor(torch.as_tensor(obs[None], device=device))  # a batch of one
             obs, _, _, _, info = env.step(torch.tanh(mean)[0].cpu().numpy())
         scores.append((info["return"], info["success"]))
-    env.close()
     return scores
 
 
@@ -537,8 +536,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     if limit and limit * args.num_envs > args.checkpoint_interval:
         raise UserError(f"episodes of {limit} steps do not fit into --checkpoint-interval")
     sources = load_sources(args, obs_dim, action_dim)
-    method = "cup" if sources else "sac"
-    method = method if agent_class.__name__ == "Agent" else agent_class.__name__.lower()
+    method = agent_class.__name__.lower().replace("agent", "cup" if sources else "sac")
     name = f"{args.env_id}__{method}__{args.seed}"
     run_dir = Path(args.run_dir or f"runs/{name}").expanduser()
     if any(run_dir.glob("*")) and not args.resume:
@@ -558,13 +556,13 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     if run["name"] != name:
         raise UserError(f"{run_dir} holds the run {run['name']}: choose another --run-dir")
     step, updates = run["step"], run["updates"]  # environment steps and updates so far
+    if step >= args.total_timesteps:
+        return print(f"{run_dir} has all of its {step:,} steps")
     episodes = run["episodes"]  # return and success of every training episode
     torch.manual_seed(derive_seed(args.seed, 2, 0))  # CUP and SAC begin with the same networks
     agent = agent_class(args, obs_dim, action_dim, sources, device)
     if step > 0:
         agent.load_state_dict(run.pop("agent"))
-    about = {"args": asdict(args), "packages": {x.name: x.version for x in distributions()}}
-    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     metrics.seek(metrics.truncate(run["csv_size"]))  # later rows will come again
     print(f"{args.env_id}, {method} with {len(sources)} sources; writing to {run_dir}", flush=True)
     as_obs = partial(torch.tensor, dtype=torch.float64, device=device)
@@ -578,6 +576,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             save(run | {"agent": agent.state_dict()}, run_dir / "checkpoint.pt")
             if is_last:
                 break
+            about = {"args": asdict(args), "packages": {x.name: x.version for x in distributions()}}
+            (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
             seeds = [derive_seed(args.seed, 0, step, k) for k in range(args.num_envs)]
             for seed_globally in (random.seed, np.random.seed, torch.manual_seed):
                 seed_globally(seeds[0])
@@ -585,10 +585,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             envs = gym.vector.SyncVectorEnv(makers, autoreset_mode="Disabled")
             obs, info = as_obs(envs.reset(seed=seeds)[0]), {}
         # ---- act, step, store
-        if step < args.learning_starts:
-            action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
-        else:
-            action = agent.act(obs)
+        random_action = 2 * torch.rand(args.num_envs, action_dim, device=device) - 1
+        action = random_action if step < args.learning_starts else agent.act(obs)
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         numbers = torch.tensor(np.array([reward, terminated]), dtype=torch.float32, device=device)
         agent.store(obs, action, as_obs(next_obs), *numbers)

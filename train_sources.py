@@ -27,7 +27,7 @@ SAC += " --policy-lr 5e-4 --q-lr 5e-4"
 
 @dataclass
 class Args:
-    env_ids: tuple[str, ...] = ("reach-v2", "push-v2", "pick-place-v2")  # an existing file is kept
+    env_ids: tuple[str, ...] = ("reach-v2", "push-v2", "pick-place-v2")  # tasks; old files are kept
     seed: int = 1  # seed of every run; try another one where a task is not learnt
     workers: int = 1  # tasks trained at once, one thread each; controllers are cloned one by one
     total_timesteps: int = 200 * INTERVAL  # environment steps after which the best policy is taken

@@ -43,7 +43,6 @@ class Args:
 def make_env(env_id: str, actor: cup.Actor, seed: int, **options):
     """cup.make_env for a policy. Raises cup.UserError if their sizes differ."""
     env = cup.make_env(env_id, seed, **options)
-    torch.set_default_dtype(torch.float32)  # whatever the environment's module has set
     sizes = (*env.observation_space.shape, *env.action_space.shape)
     if sizes != (actor.obs_dim, actor.action_dim):
         ours = f"the policy has {(actor.obs_dim, actor.action_dim)}"

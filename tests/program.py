@@ -56,7 +56,6 @@ def call_cup(*arguments, classes=()) -> subprocess.CompletedProcess:
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["cup.py", *map(str, arguments)]),
-        mock.patch.object(cup.fcntl, "flock"),  # its lock would outlive the call
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):

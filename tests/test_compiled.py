@@ -1,8 +1,6 @@
 """benchmark/compiled.py: the updates of cup.py, exact resume, a sentence without a compiler."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,25 +8,22 @@ from by_hand import random_batch
 from program import PENDULUM, metrics, one_sentence, run_cup, same_policy, succeed
 
 import cup
+from benchmark import compiled
 
-SCRIPT = Path(cup.__file__).parent / "benchmark" / "compiled.py"
-sys.path.append(str(SCRIPT.parent))
-import compiled
-
-OBS_DIM, ACTION_DIM, NUM_SOURCES = 3, 2, 2
+# one layer, one source and the sizes of Pendulum everywhere: then there is less to compile
+RUN = [*PENDULUM, "--hidden-sizes", 16, "--num-random-sources", 1, "--beta1", 3, "--beta2", 0.3]
 needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
 def after_updates(agent_class: type[cup.Agent], updates: int) -> tuple:
     """What every update returned; then the actor's weights and what the critics say."""
     torch.manual_seed(1)
-    settings = {"hidden_sizes": (16, 16), "buffer_size": 500, "beta1": 3.0, "beta2": 0.3}
-    args = cup.Args("x", sources=(), num_random_sources=NUM_SOURCES, **settings)
-    sources = cup.load_sources(args, OBS_DIM, ACTION_DIM)
-    agent = agent_class(args, OBS_DIM, ACTION_DIM, sources)
-    batch = random_batch(500, OBS_DIM, ACTION_DIM, NUM_SOURCES)
+    settings = {"hidden_sizes": (16,), "buffer_size": 500, "beta1": 3.0, "beta2": 0.3}
+    args = cup.Args("x", sources=(), num_random_sources=1, **settings)
+    agent = agent_class(args, 3, 1, cup.load_sources(args, 3, 1))
+    batch = random_batch(500, 3, 1, num_sources=1)
     agent.buffer.add(batch)
-    rows = [agent.update(agent.buffer.sample(64)) for _ in range(updates)]
+    rows = [agent.update(agent.buffer.sample(8)) for _ in range(updates)]
     critics = [critic(batch.obs, batch.action) for critic in (agent.critic, agent.target_critic)]
     return rows, [*agent.actor.parameters(), *critics]
 
@@ -49,15 +44,15 @@ def test_fifty_updates_are_those_of_cup_in_double_precision():
 @needs_a_compiler
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     options = {"classes": (cup.Args, compiled.Agent)}
-    succeed(*PENDULUM, "--run-dir", tmp_path / "unbroken", **options)
+    succeed(*RUN, "--run-dir", tmp_path / "unbroken", **options)
     for end in (400, 1000):  # there is a checkpoint at step 400
-        run = [*PENDULUM, "--run-dir", tmp_path / "resumed", "--resume", "--total-timesteps", end]
+        run = [*RUN, "--run-dir", tmp_path / "resumed", "--resume", "--total-timesteps", end]
         succeed(*run, **options)
     last = [metrics(tmp_path / name)[-1] for name in ("unbroken", "resumed")]
     assert last[0] == last[1] and same_policy(tmp_path / "unbroken", tmp_path / "resumed")
 
 
 def test_without_a_compiler_it_is_a_sentence(tmp_path):
-    run = [*PENDULUM, "--run-dir", tmp_path / "run"]
-    result = run_cup(*run, script=SCRIPT, environment={"PATH": "", "CXX": ""})
+    options = {"script": compiled.__file__, "environment": {"PATH": "", "CXX": ""}}
+    result = run_cup(*RUN, "--run-dir", tmp_path / "run", **options)
     assert one_sentence(result, "C\\+\\+ compiler"), result.stderr

@@ -124,9 +124,13 @@ def test_evaluate_plays_the_mean_action_and_sums_up_episodes(infos, success, mon
 
 
 def test_what_a_run_stores(tmp_path):
-    """Terminations, not time limits; the true last observation; random actions at first."""
+    """Terminations, not time limits; the true last observation; random actions at first.
+
+    Episodes begin anew, and differently, in each environment at the checkpoints of steps 200, 400.
+    """
     typed = ["--env-id", "faulty_envs:Cliff-v0", "--sources", *SMALL, "--run-dir", tmp_path]
-    succeed(*typed, "--total-timesteps", 602, "--learning-starts", 600)
+    typed += ["--total-timesteps", 602, "--learning-starts", 600, "--checkpoint-interval", 200]
+    succeed(*typed)
     checkpoint = checkpoint_of(tmp_path)
     rows = (column.unflatten(0, (301, 2)) for column in checkpoint["agent"]["_extra_state"]["rows"])
     batch = cup.Batch(*rows)  # (step, environment, ...)
@@ -134,16 +138,17 @@ def test_what_a_run_stores(tmp_path):
     fallen, late = batch.next_obs[..., 0].abs() > 5, batch.next_obs[..., 1] == 40
     assert fallen.sum() > 10 and (late & ~fallen).sum() > 2
     assert torch.equal(batch.terminated == 1, fallen)
+    ended, last = fallen | late, torch.tensor([99, 199, 299])
+    assert batch.obs[last + 1][..., 0].unique().numel() == batch.obs[last + 1][..., 0].numel()
     restarts = (batch.next_obs[:-1] != batch.obs[1:]).any(dim=2)
-    assert torch.equal(restarts, (fallen | late)[:-1])
+    assert torch.equal(restarts, ended[:-1].index_fill(0, last, True))
     assert batch.action.min() < -0.95 and batch.action.max() > 0.95
-    stride = 2 * batch.action.squeeze(2)
-    moved = (batch.next_obs - batch.obs)[..., 0]
+    stride, moved = 2 * batch.action.squeeze(2), (batch.next_obs - batch.obs)[..., 0]
     torch.testing.assert_close(moved, stride, check_dtype=False)
     returns, total = [], torch.zeros(2)
-    for reward, ends in zip(batch.reward, fallen | late, strict=True):
+    for step, (reward, ends) in enumerate(zip(batch.reward, ended, strict=True)):
         total += reward
         returns += total[ends].tolist()
-        total[ends] = 0
+        total[ends | (step in last)] = 0
     logged = float(metrics(tmp_path)[-1]["train/return"])
     assert logged == pytest.approx(np.mean(returns[-20:]))

@@ -155,14 +155,12 @@ def test_guidance_loss_and_its_gradient_against_a_loop_over_states(alpha: float)
 SHAPED = ["obs", "mean", "log_std", "source_mean", "source_log_std", "noise", "q", "log_prob"]
 
 
-@pytest.mark.parametrize("name", [*SHAPED, "alpha", "critic"])
+@pytest.mark.parametrize("name", [*SHAPED, "critic"])
 def test_a_wrong_shape_is_a_sentence_that_names_it(name: str):
     """A row less, a dimension less, a dimension more."""
     arguments = make_arguments()
     right = arguments[name]
-    if name == "alpha":
-        wrong = [torch.zeros(BATCH), torch.zeros(BATCH, 1)]
-    elif name == "critic":
+    if name == "critic":
         wrong = [lambda *x: right(*x).unsqueeze(-1), lambda *x: torch.stack([right(*x)] * 2)]
     else:
         wrong = [right[:-1], right[..., 0], right.unsqueeze(1), right.unsqueeze(-1)]
