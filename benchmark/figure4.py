@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import cup
-from plot import CANDIDATES
+import cup  # noqa: E402
+from plot import CANDIDATES  # noqa: E402, I001
 
 
 @dataclass

@@ -36,7 +36,7 @@ SCRIPTS |= {"sac-compiled": ["benchmark/compiled.py", "--sources"]}
 SCRIPTS |= {"cup-compiled": ["benchmark/compiled.py"]}
 PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}  # the module to import
 PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
-RANDOM_STEPS, WARM_UP = 500, 1_000  # steps before learning begins, and before the clock starts
+RANDOM_STEPS, WARM_UP = 500, 600  # steps before learning begins, and before the clock starts
 CORES = os.sched_getaffinity(0)
 
 
