@@ -21,14 +21,14 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from plot import CANDIDATES  # noqa: E402
+
 import cup  # noqa: E402
-from plot import CANDIDATES  # noqa: E402, I001
 
 
 @dataclass
 class Args:
     """Play an episode with the policy of a CUP run, and draw the advantages."""
-
     run_dir: tyro.conf.Positional[Path]  # of a run with sources
     out: Path = HERE  # the csv goes to results/ in here, and the figure to figures/
 

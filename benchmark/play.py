@@ -33,6 +33,7 @@ class Args:
     env_id: str | None = None  # task; by default the one that the file names
     episodes: int = 50  # episodes by the mean action, and as many by sampled actions
     gif: Path | None = None  # where to write a film of the first episode by the mean action
+    csv: Path | None = None  # where to add a row with the scores of the mean action
     seed: int = 1  # decides the goals and the sampled actions
 
     def __post_init__(self):  # tyro prints a ValueError as a usage error, with exit code 2
@@ -40,19 +41,9 @@ class Args:
             raise ValueError("--episodes must be at least 2: an interval needs two")
 
 
-def make_env(env_id: str, actor: cup.Actor, seed: int, **options):
-    """cup.make_env for a policy. Raises cup.UserError if their sizes differ."""
-    env = cup.make_env(env_id, seed, **options)
-    sizes = (*env.observation_space.shape, *env.action_space.shape)
-    if sizes != (actor.obs_dim, actor.action_dim):
-        ours = f"the policy has {(actor.obs_dim, actor.action_dim)}"
-        raise cup.UserError(f"{env_id} has observation and action sizes {sizes}, {ours}")
-    return env
-
-
 def film(actor: cup.Actor, env_id: str, seed: int, caption: str) -> list[Image.Image]:
     """Every fourth step of an episode by the mean action, until 40 steps after its success."""
-    env = make_env(env_id, actor, seed, render_mode="rgb_array")
+    env = cup.make_env(env_id, seed, render_mode="rgb_array")
     if env.unwrapped.spec is None:  # Meta-World's environments have none
         env.unwrapped.mujoco_renderer.default_cam_config = CAMERA
     obs, info, frames, step, after = env.reset(seed=seed)[0], {}, [], 0, 0
@@ -82,23 +73,29 @@ def play(args: Args) -> None:
         raise cup.UserError(f"{args.policy} names no task: choose one with --env-id")
     if ":" in env_id and args.env_id is None:  # the file cannot run code, but its module could
         raise cup.UserError(f"{args.policy} is for a task of your own: give --env-id {env_id}")
+    env = cup.make_env(env_id, seed=0)
+    theirs = (*env.observation_space.shape, *env.action_space.shape)
+    ours = (actor.obs_dim, actor.action_dim)
+    if theirs != ours:
+        raise cup.UserError(f"{env_id} has observation, action sizes {theirs}, the policy {ours}")
     seeds = args.seed, 4, 0
     if args.gif:
         warnings.filterwarnings("ignore", module="glfw")  # the error says it
         caption = f"{env_id}, seed {args.seed}\n{'/'.join(args.policy.absolute().parts[-2:])}"
         try:
             frames = film(actor, env_id, cup.derive_seed(*seeds), caption)
-        except cup.UserError:
-            raise
         except Exception as error:  # OpenGL's libraries raise errors of many types
             hint = "without a display, set MUJOCO_GL=egl (needs libegl1) or osmesa (libosmesa6)"
             raise cup.UserError(f"cannot film {env_id}: {error!r}; {hint}") from error
         options = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
         frames[0].save(args.gif, "GIF", **options)
         print(f"wrote {args.gif}")
-    make_env(env_id, actor, seed=0).close()
-    for sample in False, True:
-        score(actor, env_id, args.episodes, seeds, sample)
+    success, mean_return = score(actor, env_id, args.episodes, seeds)
+    score(actor, env_id, args.episodes, seeds, sample=True)
+    if args.csv:
+        with open(args.csv, "a", encoding="utf-8") as file:
+            row = env_id, args.policy.stem, args.episodes, args.seed, mean_return, success
+            print(*row, sep=",", file=file)
 
 
 if __name__ == "__main__":

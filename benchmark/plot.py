@@ -6,7 +6,7 @@ study.csv is study.py's; sources_unmodified.csv is play.py's, of every source on
 Final performance is the mean over the last 100,000 steps of every run.
 """
 
-import csv
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")  # in the paper's order
-TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
+sys.path.insert(0, str(HERE))
+from study import TASKS, read_csv  # noqa: E402
+
 FINAL_STEPS = 100_000
 # Okabe and Ito's colours, which the colour-blind can tell apart
 METHODS = {"cup": ("CUP", "#0072B2"), "sac": ("SAC", "#D55E00"), "haar": ("HAAR", "#56B4E9")}
@@ -37,15 +38,9 @@ Curves = dict[str, dict[str, np.ndarray]]  # by method and seed: rows of step, r
 @dataclass
 class Args:
     """Draw the figures and print the results table."""
-
     results: Path = HERE / "results"  # where the csv files are
     figures: Path = HERE / "figures"  # where the figures go
     steps: int = 500_000  # runs are shown up to here
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def number(text: str) -> float:
@@ -57,7 +52,7 @@ def read_curves(rows: list[dict[str, str]], task: str, steps: int) -> Curves:
     points = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["env_id"] == task and int(row["step"]) <= steps:
-            point = [number(row[name]) for name in ("step", "return", "success_rate")]
+            point = [number(row[name]) for name in ("step", "eval/return", "eval/success_rate")]
             points[row["method"]][row["seed"]].append(point)
     return {
         method: {seed: np.array(sorted(run)) for seed, run in sorted(points[method].items())}
@@ -173,7 +168,7 @@ def figure3(rows: list[dict[str, str]], args: Args) -> None:
     figure, panels = sheet("Candidates selected as guidance policy", "states, %", args.steps)
     lines = {}
     for candidate, colour in CANDIDATES.items():
-        column = f"selected_{candidate}"
+        column = f"guidance/selected/{candidate}"
         runs = defaultdict(list)  # by task and seed: step, share
         for row in rows:
             if row["method"] == "cup" and row[column] and int(row["step"]) <= args.steps:

@@ -1,5 +1,6 @@
 """Runs that stop, are killed or starved; environments and files of users."""
 
+import csv
 import os
 import resource
 import signal
@@ -37,7 +38,10 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, kind, rows):
     process = started_run(tmp_path / "killed", *kind, rows=rows)
     process.kill()
     assert finish(process).returncode == -signal.SIGKILL
-    assert checkpoint_of(tmp_path / "killed")["step"] == (400 if rows == 22 else 0)
+    checkpoint = checkpoint_of(tmp_path / "killed")
+    assert checkpoint["step"] == (400 if rows == 22 else 0)
+    weights = (checkpoint["agent"][f"{name}.net.0.weight"] for name in ("actor", "sources.0"))
+    assert not torch.equal(*weights)  # no random source is the learner itself
     succeed(*kind, "--run-dir", tmp_path / "killed", "--resume")
     assert same_result(tmp_path / "whole", tmp_path / "killed")
 
@@ -51,6 +55,9 @@ def test_a_run_may_become_longer(tmp_path, first):
     assert same_result(tmp_path / "whole", tmp_path / "longer") == (first == 400)
     taken = steps(tmp_path / "longer")
     assert taken == sorted(set(taken)) and taken[-1] == 1000
+    lines = (tmp_path / "longer" / "metrics.csv").read_text().splitlines()
+    seconds = [float(row["time/seconds"]) for row in csv.DictReader(lines)]
+    assert seconds == sorted(seconds)
 
 
 def test_ctrl_c_in_an_evaluation(pendulum, tmp_path, monkeypatch):
@@ -63,7 +70,7 @@ def test_ctrl_c_in_an_evaluation(pendulum, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(cup, "evaluate", interrupt)
-        result = call_cup(*typed)
+        result = call_cup(*typed, "--eval-interval", 40)
     assert one_sentence(*refused, f"another process trains in {tmp_path}"), refused
     assert (result.returncode, result.stderr) == (130, "")
     assert "--resume" in result.stdout.splitlines()[-1]
@@ -97,9 +104,15 @@ def test_train_in_a_thread_twice(pendulum, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    typed = [*PENDULUM[2:], "--env-id", "faulty_envs:Huge-v0", "--run-dir", tmp_path]
-    assert one_sentence(call_cup(*typed), "loss is not finite at step 22")
-    assert {path.name for path in tmp_path.glob("*.pt")} == {"checkpoint.pt"}
+    """Its checkpoint is that of the beginning; the networks there depend on the seed."""
+    typed, weights = [*PENDULUM[2:], "--env-id", "faulty_envs:Huge-v0"], []
+    for seed in (1, 2):
+        run_dir = tmp_path / str(seed)
+        result = call_cup(*typed, "--seed", seed, "--run-dir", run_dir)
+        assert one_sentence(result, "loss is not finite at step 22"), result.stderr
+        assert {path.name for path in run_dir.glob("*.pt")} == {"checkpoint.pt"}
+        weights.append(checkpoint_of(run_dir)["agent"]["actor.net.0.weight"])
+    assert not torch.equal(*weights)
 
 
 # ---- environments and files of users -------------------------------------------------------------

@@ -41,5 +41,5 @@ def test_every_figure_is_drawn(tmp_path, monkeypatch, capsys):
     with open(plot.HERE / "results" / "study.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["env_id"] == "push-wall-v2"]
     last = [row for row in rows if row["method"] == "cup" and 400_000 < int(row["step"]) <= 500_000]
-    mean = np.mean([float(row["return"]) for row in last if row["seed"] == "1"])
+    mean = np.mean([float(row["eval/return"]) for row in last if row["seed"] == "1"])
     assert f"| push-wall | CUP | {mean:,.0f}, " in printed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SHARE = "guidance/selected/"
 SMALL = "--num-envs 2 --batch-size 8 --learning-starts 20 --guidance-starts 20 --hidden-sizes 8"
 SMALL += " --log-interval 20 --eval-interval 100 --eval-episodes 1 --checkpoint-interval 400"
 SMALL = [*SMALL.split(), "--sources", "--num-random-sources", "2"]
@@ -40,20 +41,20 @@ def test_the_csv_has_every_evaluation_with_its_settings_and_commit(done):
     assert [int(row["step"]) for row in found] == [100, 200, 300, 400]
     for row in found:
         (there,) = [x for x in logged if x["step"] == row["step"]]
-        assert float(row["return"]) == pytest.approx(float(there["eval/return"]), rel=1e-4)
-        shares = [float(row[f"selected_{name}"]) for name in ("random-1", "random-2", "target")]
-        assert sum(shares) == pytest.approx(1, abs=1e-3)
+        assert float(row["eval/return"]) == pytest.approx(float(there["eval/return"]), rel=1e-4)
+        names = ("random-1", "random-2", "target")
+        assert sum(float(row[SHARE + name]) for name in names) == pytest.approx(1, abs=1e-3)
         settings = json.loads(row["settings"])
         assert settings["batch_size"] == 8 and settings["hidden_sizes"] == [8]
         assert "gamma" not in settings and row["commit"].endswith(" cup.py")
     # the shares are means over the rows since the evaluation before
-    since = [float(x["guidance/selected/target"]) for x in logged if 100 < int(x["step"]) <= 200]
-    assert float(found[1]["selected_target"]) == pytest.approx(sum(since) / len(since), rel=1e-3)
+    since = [float(x[SHARE + "target"]) for x in logged if 100 < int(x["step"]) <= 200]
+    assert float(found[1][SHARE + "target"]) == pytest.approx(sum(since) / len(since), rel=1e-3)
 
 
 def test_sac_has_no_sources(done):
     sac = [row for row in read(done / "x.csv") if row["method"] == "sac"]
-    assert len(sac) == 4 and not any(row["selected_target"] for row in sac)
+    assert len(sac) == 4 and not any(row[SHARE + "target"] for row in sac)
 
 
 @pytest.mark.parametrize("steps, more", [(200, []), (400, ["--gamma", "0.9"])])
@@ -73,11 +74,11 @@ def test_a_longer_run_replaces_a_shorter_one(done, tmp_path):
     with open(tmp_path / "x.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, shorter[0])
         writer.writeheader()
-        writer.writerows(row | {"return": "0"} for row in shorter)
+        writer.writerows(row | {"eval/return": "0"} for row in shorter)
     command = "--runs-dir", str(done / "runs"), "--methods", "cup", "--collect"
     assert "4 evaluations replace 2" in study(tmp_path, *command).stdout
     cup = [row for row in read(done / "x.csv") if row["method"] == "cup"]
-    sac = [row | {"return": "0"} for row in shorter if row["method"] == "sac"]
+    sac = [row | {"eval/return": "0"} for row in shorter if row["method"] == "sac"]
     assert read(tmp_path / "x.csv") == cup + sac
 
 
