@@ -41,9 +41,3 @@ def copies(*modules: nn.Module) -> list[Tensor]:
 def same(before: list[Tensor], *modules: nn.Module) -> bool:
     """Whether none of them has changed."""
     return all(map(torch.equal, before, copies(*modules)))
-
-
-def sac_parameters(agent: cup.Agent) -> list[Tensor]:
-    """What SAC learns."""
-    networks = agent.actor, agent.critic, agent.target_critic
-    return [*copies(*networks), agent.log_alpha.detach().clone()]

@@ -1,4 +1,4 @@
-"""Lets the tests import cup.py from the repository root, use one core, and leave torture out."""
+"""Lets the tests import cup.py from the repository root, and use one core."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,8 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "torture: the long versions, only with -m torture")
     # Gymnasium's remarks on what the faulty_envs do on purpose
     config.addinivalue_line("filterwarnings", "ignore:.*WARN:UserWarning")
-    config.option.markexpr = config.option.markexpr or "not torture"
 
 
 @pytest.fixture

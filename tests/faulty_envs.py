@@ -19,6 +19,7 @@ class Walk(gym.Env):
     action_space = Box(-2, 2, (1,), np.float32)
     cliff, weight = np.inf, 1.0  # the distance that ends an episode; the weight of the reward
     infos = ({},)  # what the steps say, in turn
+    metadata = {"render_modes": ["rgb_array"]}
 
     def __init__(self, **changes):
         vars(self).update(changes)
@@ -33,12 +34,14 @@ class Walk(gym.Env):
         self.action = action
         self.position += float(np.sum(action))
         self.time += 1
-        info = dict(self.infos[self.time % len(self.infos)])
-        distance = abs(self.position)
+        info, distance = dict(self.infos[self.time % len(self.infos)]), abs(self.position)
         return self.observe(), -self.weight * distance, distance > self.cliff, False, info
 
     def observe(self):
         return np.array([self.position, self.time], np.float32)
+
+    def render(self):
+        return np.full((480, 640, 3), 2 * self.time, np.uint8)
 
 
 class Hidden(Walk):
@@ -57,8 +60,8 @@ class Odd(Walk):
     """A generator of its own, one-hot contexts, a Unix time, an array as reward, torch in float64,
     one dictionary for all infos, and a success that is there only if there is one."""
 
-    every = -np.inf, np.inf, (3,), np.float64
-    observation_space = Dict({"context": Box(*every), "walk": Box(*every)})
+    every = Box(-np.inf, np.inf, (3,), np.float64)
+    observation_space = Dict({"context": every, "walk": every})
     np_random = property(lambda self: self.generator)  # without a setter
 
     def __init__(self):
@@ -85,14 +88,20 @@ class Odd(Walk):
         return {"context": np.eye(3)[self.context], "walk": walk}
 
 
-LARGEST = np.finfo(np.float32).max
+def actions(largest: float, dtype: type) -> dict:
+    return {"action_space": Box(-largest, largest, (1,), dtype)}
+
+
 for name, kind, changes in (
-    ("Walk", Walk, {}), ("Hidden", Hidden, {}), ("Odd", Odd, {}), ("Cliff", Walk, {"cliff": 5}),
+    ("Walk", Walk, {}), ("faulty/Walk", Walk, {}), ("Hidden", Hidden, {}), ("Odd", Odd, {}),
+    ("Cliff", Walk, {"cliff": 5}),
     ("Huge", Walk, {"weight": 1e30}),  # the square of a reward overflows a 32-bit float
-    ("Integers", Walk, {"action_space": Box(-5, 5, (1,), np.int64)}),
-    ("NoBounds", Walk, {"action_space": Box(-np.inf, np.inf, (1,), np.float32)}),
-    ("LargeBounds", Walk, {"action_space": Box(-LARGEST, LARGEST, (1,), np.float32)}),
+    ("Integers", Walk, actions(5, np.int64)), ("NoBounds", Walk, actions(np.inf, np.float32)),
+    ("LargeBounds", Walk, actions(np.finfo(np.float32).max, np.float32)),
     ("Sequence", Walk, {"observation_space": Sequence(Box(-1, 1, (2,)))}),
     ("Graph", Walk, {"observation_space": Graph(Box(-1, 1, (2,)), None)}),
 ):
     gym.register(f"{name}-v0", kind, max_episode_steps=40, kwargs=changes)
+# a success at step 21, in pictures
+FILM = {"infos": [{}] * 21 + [{"success": True}] + [{}] * 78, "render_mode": None}
+gym.register("Film-v0", Walk, max_episode_steps=100, kwargs=FILM)

@@ -23,7 +23,6 @@ from program import (
 import cup
 
 
-# ---- training runs -------------------------------------------------------------------------------
 def test_metaworld_with_the_shipped_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the default --run-dir
     typed = ["--env-id", "peg-insert-side-v2", "--num-random-sources", 1, *SMALL]
@@ -31,15 +30,12 @@ def test_metaworld_with_the_shipped_sources(tmp_path, monkeypatch):
     run_dir = tmp_path / "runs" / "peg-insert-side-v2__cup__1"
     assert steps(run_dir) == [40, 60]  # from the first update on
     first, last = metrics(run_dir)
-    names = ["random-1", "reach-v2", "push-v2", "pick-place-v2", "target"]
-    columns = "loss/critic loss/actor loss/kl alpha entropy guidance/weight guidance/kl".split()
-    columns += [f"guidance/{x}/{name}" for x in ("selected", "advantage") for name in names]
     evaluation = {"eval/return", "eval/success_rate"}
     training = {"train/return", "train/success_rate"}  # no episode has ended
-    assert first.keys() == last.keys() == {"step", *columns, *training, *evaluation}
     assert {name for name in first if first[name] == ""} == training | evaluation
     assert {name for name in last if last[name] == ""} == training
-    assert all(math.isfinite(float(last[name])) for name in columns)
+    assert all(math.isfinite(float(last[name])) for name in last.keys() - training)
+    names = ["random-1", "reach-v2", "push-v2", "pick-place-v2", "target"]
     assert sum(float(last[f"guidance/selected/{source}"]) for source in names) == pytest.approx(1)
     assert 0 <= float(last["eval/success_rate"]) <= 1
     assert 0 <= float(last["eval/return"]) <= 5000
@@ -52,7 +48,6 @@ def test_outputs_of_a_run(pendulum):
     assert (result.stderr, "success" in result.stdout) == ("", False)  # Pendulum has no such thing
     about = json.loads((run_dir / "args.json").read_text())
     assert about["args"].keys() == cup.Args.__dataclass_fields__.keys()
-    assert (about["args"]["env_id"], about["args"]["hidden_sizes"]) == ("Pendulum-v1", [16, 16])
     assert {"metaworld", "mujoco", "gymnasium", "torch"} < about["packages"].keys()
 
     rows = metrics(run_dir)
@@ -62,36 +57,30 @@ def test_outputs_of_a_run(pendulum):
     assert next(row["step"] for row in rows if row["train/return"]) == "400"
     policy = cup.load_policy(run_dir / "policy.pt")
     assert policy.about == {"env_id": "Pendulum-v1", "step": 1000}
-    assert not any(parameter.requires_grad for parameter in policy.parameters())
     optimizers = checkpoint_of(run_dir)["agent"]["_extra_state"]["optimizers"]
     updates = {state["state"][0]["step"].item() for state in optimizers}
     assert updates == {(1000 - 20) / 4}  # --utd-ratio 0.25
 
 
-def test_cup_begins_as_sac_does_and_without_guidance_is_sac(pendulum, tmp_path):
-    """Bit for bit: same weights, random actions, goals, and every number that both log."""
+def test_without_guidance_a_run_is_sac(pendulum, tmp_path):
+    """Bit for bit: every number that both log; with --guidance-starts 300 those up to step 300."""
     typed = ["--env-id", "Pendulum-v1", *SMALL, "--beta2", 1, "--total-timesteps", 400]
-    guided = ["--sources", pendulum[0] / "policy.pt", "--num-random-sources", 1]
-    rows, states = {}, {}
+    guided, rows = ["--sources", pendulum[0] / "policy.pt", "--num-random-sources", 1], {}
     for name, flags in {
-        "sac": ["--sources"], "seed 2": ["--sources", "--seed", 2], "cup": guided,
-        "beta1 0": [*guided, "--beta1", 0], "later": [*guided, "--guidance-starts", 300],
+        "sac": ["--sources"], "beta1 0": [*guided, "--beta1", 0],
+        "later": [*guided, "--guidance-starts", 300], "seed 2": ["--sources", "--seed", 2],
     }.items():
         succeed(*typed, *flags, "--run-dir", tmp_path / name)
-        rows[name] = metrics(tmp_path / name)
-        for row in rows[name]:
-            for key in row.keys() - rows["sac"][0].keys():
-                del row[key]
-        columns = checkpoint_of(tmp_path / name)["agent"]["_extra_state"]["rows"]
-        states[name] = columns[0][:20]  # of the random steps
+        columns = metrics(tmp_path / "sac")[0]
+        rows[name] = [{key: row[key] for key in columns} for row in metrics(tmp_path / name)]
     assert rows["beta1 0"] == rows["sac"]
     assert same_policy(tmp_path / "beta1 0", tmp_path / "sac")
     number = steps(tmp_path / "sac").index(300) + 1
     assert rows["later"][:number] == rows["sac"][:number]
     assert rows["later"][number] != rows["sac"][number]
-    assert rows["cup"][0] != rows["sac"][0] != rows["seed 2"][0]
-    assert torch.equal(states["cup"], states["sac"])
-    assert not torch.equal(states["seed 2"], states["sac"])
+    stored = [checkpoint_of(tmp_path / name)["agent"]["_extra_state"]["rows"] for name in rows]
+    sac, _, _, other = (columns[0][:20] for columns in stored)  # of the random steps
+    assert not torch.isin(sac, other).any()
 
 
 def test_sources_have_names_of_their_own(tmp_path):
@@ -110,7 +99,6 @@ def test_sources_have_names_of_their_own(tmp_path):
         assert torch.equal(actor(torch.ones(3))[0], sources[name](torch.ones(3))[0])
 
 
-# ---- bad input -----------------------------------------------------------------------------------
 PEG = "--env-id peg-insert-side-v2 --sources"
 RESUME = " ".join([*PENDULUM, "--resume --run-dir"])
 # what was typed: what the one sentence must hold
@@ -129,10 +117,8 @@ BAD_INPUT = {
     f"{RESUME} finished --seed 9": ["finished holds the run Pendulum-v1__cup__1"],
     f"{RESUME} lost": ["lost has lost its checkpoint"],
 }
-# the same, in tyro's words
-BAD_USAGE = {
+BAD_USAGE = {  # the same, in tyro's words
     "": "--env-id",
-    f"{PEG} --seed one": "--seed",
     f"{PEG} --learning-starts 300 --total-timesteps 300": "--total-timesteps",
     "--env-id x --guidance-starts 300 --total-timesteps 300 --learning-starts 9": "--total",
 }
@@ -175,7 +161,7 @@ def test_a_finished_run_is_left_alone(runs, monkeypatch, total):
 
 
 def test_help_fits_a_terminal_of_100_columns():
-    result = run_cup("--help", environment={"COLUMNS": "100"})
+    result = run_cup("--help", COLUMNS="100")
     assert max(map(len, result.stdout.splitlines())) <= 100
     for name in cup.Args.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in result.stdout

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from by_hand import act, copies, random_batch
+from by_hand import act, copies, random_batch, same
 from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Normal
@@ -82,7 +82,7 @@ def make_arguments(alpha: float = 0.0) -> dict:
     for network in (critic.q1, critic.q2):
         network[-1].weight.data *= 4
     mean, log_std, noise = torch.randn(3, BATCH, ACTION_DIM)
-    action, log_prob = zip(*(act(*x) for x in zip(*(y.tolist() for y in (mean, log_std, noise)))))
+    action, log_prob = zip(*map(act, *(x.tolist() for x in (mean, log_std, noise))))
     return {
         "critic": critic.min_q, "obs": batch.obs, "noise": noise, "alpha": alpha,
         "mean": mean.requires_grad_(), "log_std": log_std.requires_grad_(),
@@ -92,67 +92,49 @@ def make_arguments(alpha: float = 0.0) -> dict:
     }
 
 
-@torch.no_grad()
-def by_hand(arguments: dict) -> dict[str, list]:
-    """Eqs. 2, 4, 7, 9 and 12 at each state in turn, in plain Python numbers."""
-    found = {name: [] for name in ("advantage", "guidance", "weight", "kl", "capped")}
+def by_hand(arguments: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eqs. 2, 4, 7, 9, 11 and 12 at each state in turn; beta_s and the guidance are constants."""
+    loss, rows = 0.0, []
     for b in range(BATCH):
-        mean, log_std, noise = (arguments[x][b].tolist() for x in ("mean", "log_std", "noise"))
-        means = [*arguments["source_mean"][b].tolist(), mean]
-        log_stds = [*arguments["source_log_std"][b].tolist(), log_std]
+        means = [*arguments["source_mean"][b], arguments["mean"][b]]
+        log_stds = [*arguments["source_log_std"][b], arguments["log_std"][b]]
         soft_q = []
-        for m, s in zip(means, log_stds, strict=True):
-            action, log_prob = act(m, s, noise)
+        for mean, log_std in zip(means, log_stds, strict=True):
+            action, log_prob = act(mean.tolist(), log_std.tolist(), arguments["noise"][b].tolist())
             q = arguments["critic"](arguments["obs"][b], action).item()
             soft_q.append(q - arguments["alpha"] * log_prob)
         value = soft_q[-1]
         advantage = [v - value for v in soft_q]
-        g = NUM_SOURCES
-        for c in range(NUM_SOURCES):
-            if advantage[c] > advantage[g]:
-                g = c
-        kl = 0.0
-        for d in range(ACTION_DIM):
-            variance, variance_g = math.exp(2 * log_std[d]), math.exp(2 * log_stds[g][d])
-            square = (mean[d] - means[g][d]) ** 2
-            kl += (variance + square) / (2 * variance_g) - 0.5 + log_stds[g][d] - log_std[d]
-        cap = BETA2 * abs(value)
-        row = advantage, g, BETA1 * min(advantage[g], cap), kl, advantage[g] > cap
-        for name, number in zip(found, row, strict=True):
-            found[name].append(number)
-    return found
+        g = advantage.index(max(advantage))
+        weight = BETA1 * min(advantage[g], BETA2 * abs(value))
+        target, guidance = (Normal(means[c], log_stds[c].exp()) for c in (NUM_SOURCES, g))
+        kl = torch_kl(target, guidance).sum()
+        loss = loss + weight * kl / BATCH
+        rows.append((advantage, g, weight, kl.item()))
+    return loss, dict(zip(("advantage", "guidance", "weight", "kl"), map(torch.tensor, zip(*rows))))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_guidance_loss_and_its_gradient_against_a_loop_over_states(alpha: float):
-    """The gradient is that of Eq. 11 with beta_s and the guidance policy as constants."""
     arguments = make_arguments(alpha)
     loss, per_state = cup.guidance_loss(**arguments)
-    hand = by_hand(arguments)
-    assert set(hand["guidance"]) == {0, 1, 2, NUM_SOURCES}
-    assert 0 < sum(hand.pop("capped")) < BATCH - hand["guidance"].count(NUM_SOURCES)
-    assert per_state.keys() == hand.keys()
-    for name, expected in hand.items():
-        expected = torch.tensor(expected)
-        assert per_state[name].shape == expected.shape and not per_state[name].requires_grad
-        torch.testing.assert_close(per_state[name], expected, rtol=1e-9, atol=1e-12)
-    own = per_state["guidance"] == NUM_SOURCES
+    expected, hand = by_hand(arguments)
+    own = hand["guidance"] == NUM_SOURCES
+    capped = hand["weight"] < BETA1 * hand["advantage"].amax(dim=1)
+    assert set(hand["guidance"].tolist()) == {0, 1, 2, NUM_SOURCES}
+    assert 0 < capped.sum() < BATCH - own.sum()
+    torch.testing.assert_close(per_state, hand, rtol=1e-9, atol=1e-12)
+    assert not any(x.requires_grad for x in per_state.values())
     assert torch.equal(per_state["weight"] == 0, own) and torch.equal(per_state["kl"] == 0, own)
-
-    mean, log_std, expected = arguments["mean"], arguments["log_std"], 0.0
-    for b, (g, weight) in enumerate(zip(hand["guidance"], hand["weight"], strict=True)):
-        if g < NUM_SOURCES:
-            source = Normal(arguments["source_mean"][b, g], arguments["source_log_std"][b, g].exp())
-            kl = torch_kl(Normal(mean[b], log_std[b].exp()), source).sum()
-            expected = expected + weight * kl / BATCH
     torch.testing.assert_close(loss, expected)
-    gradients = torch.autograd.grad(loss, (mean, log_std), retain_graph=True)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (mean, log_std)))
+    variables = arguments["mean"], arguments["log_std"]
+    gradients = torch.autograd.grad(loss, variables, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, variables))
     critic = arguments["critic"].__self__
     assert not any(torch.autograd.grad(loss, critic.parameters(), allow_unused=True))  # all None
 
 
-SHAPED = ["obs", "mean", "log_std", "source_mean", "source_log_std", "noise", "q", "log_prob"]
+SHAPED = "obs mean log_std source_mean source_log_std noise q log_prob".split()
 
 
 @pytest.mark.parametrize("name", [*SHAPED, "critic"])
@@ -180,18 +162,16 @@ def test_update_gives_guidance_loss_what_it_needs_and_minimises_it(monkeypatch, 
     sources = {name: cup.Actor(OBS_DIM, ACTION_DIM, (8,)) for name in "abc"}
     start = cup.Agent(args, OBS_DIM, ACTION_DIM, sources)
     batch = random_batch(BATCH, OBS_DIM, ACTION_DIM, NUM_SOURCES)
-    expected_mean, expected_log_std = start.actor(batch.obs)
-    told = {
-        "advantage": torch.randn(BATCH, 4), "guidance": torch.arange(BATCH) % 3 + 1,
-        "weight": torch.rand(BATCH), "kl": torch.rand(BATCH),
-    }
+    policy = start.actor(batch.obs)
+    told = {"advantage": torch.randn(BATCH, 4), "guidance": torch.arange(BATCH) % 3 + 1}
+    told |= {"weight": torch.rand(BATCH), "kl": torch.rand(BATCH)}
     others, gradients = [], []
 
     def spy(*, critic, obs, mean, log_std, source_mean, source_log_std, noise, q, log_prob, **rest):
         assert critic == agent.critic.min_q
-        assert not torch.equal(agent.critic.q1[0].weight, start.critic.q1[0].weight)  # has learnt
+        assert not same(copies(start.critic), agent.critic)  # it has learnt
         assert (obs, source_mean, source_log_std) == (batch.obs, *batch[5:])
-        assert torch.equal(mean, expected_mean) and torch.equal(log_std, expected_log_std)
+        assert all(map(torch.equal, policy, (mean, log_std)))
         action, expected_log_prob = cup.squash(mean, log_std, noise)
         assert torch.equal(log_prob, expected_log_prob) and torch.equal(q, critic(obs, action))
         expected = {"alpha": start.log_alpha.exp().item() * soft, "beta1": BETA1, "beta2": BETA2}
@@ -207,15 +187,14 @@ def test_update_gives_guidance_loss_what_it_needs_and_minimises_it(monkeypatch, 
         moments = agent.actor_optimizer.state.values()
         gradients.append([moment["exp_avg"] / 0.1 for moment in moments])  # Adam's first step
     assert all(map(torch.equal, *others))  # the guidance concerns the actor alone
-    added = torch.autograd.grad(3 * expected_mean.sum(), start.actor.parameters())
+    added = torch.autograd.grad(3 * policy[0].sum(), start.actor.parameters())
     for sac, guided, expected in zip(*gradients, added, strict=True):
         torch.testing.assert_close(guided - sac, expected)
 
-    logged = {"guidance/weight": told["weight"].mean(), "guidance/kl": told["kl"].mean()}
+    logged = {"loss/kl": 3 * policy[0].sum().item()}
+    logged |= {f"guidance/{name}": told[name].mean().item() for name in ("weight", "kl")}
     for k, name in enumerate([*"abc", "target"]):
-        logged[f"guidance/advantage/{name}"] = told["advantage"][:, k].mean()
-        logged[f"guidance/selected/{name}"] = Tensor([told["guidance"].tolist().count(k) / BATCH])
-    logged["loss/kl"] = 3 * expected_mean.sum().detach()
+        logged[f"guidance/advantage/{name}"] = told["advantage"][:, k].mean().item()
+        logged[f"guidance/selected/{name}"] = told["guidance"].tolist().count(k) / BATCH
     assert info.keys() == logged.keys() | {"loss/critic", "loss/actor", "alpha", "entropy"}
-    for name, value in logged.items():
-        assert info[name].item() == pytest.approx(value.item()), name
+    assert {name: info[name].item() for name in logged} == pytest.approx(logged)
