@@ -51,39 +51,40 @@ class Args:
     num_envs: int = 4  # environments that step side by side
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
     batch_size: int = 256  # minibatch size of every gradient update
-    learning_starts: int = 5_000  # environment steps with random actions before the first update
-    # updates per environment step, which decide the running time: an update takes as long as 5 to
-    # 20 steps of Meta-World; 0.25 is one for each step of the 4 environments
+    learning_starts: int = 5_000  # steps with random actions; they also standardise observations
+    # gradient updates per environment step; they dominate the running time, since an update takes
+    # as long as 5 to 20 steps of Meta-World; 0.25 is one for each step of the 4 environments
     utd_ratio: float = 0.25
     gamma: float = 0.99  # discount factor, gamma in Eq. 1
     tau: float = 0.005  # step of the target critic towards the critic, tau in Alg. 1
     policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
     q_lr: float = 3e-4  # learning rate of the critics, lambda_theta in Alg. 1
     alpha_lr: float = 3e-4  # learning rate of the entropy weight, lambda_alpha in Alg. 1
-    init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's usual 1 outweighs Q for 10,000 updates
+    init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's 1 outweighs Q for 10,000 updates
     hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
-    # policy files pi_1 ... pi_n; --sources with nothing after it is SAC (the first line says so)
+    # policy files pi_1 ... pi_n; --sources with nothing after it is SAC (printed at the start)
     sources: tuple[str, ...] = SHIPPED
     num_random_sources: int = 0  # untrained policies added to the sources (paper, Section 4.3.3)
     # weight of the guidance KL, beta_1 in Eq. 12; the authors' code has 7.5; 10 pulled too hard on
     # push-wall and pick-place-wall once |V| was large
     beta1: float = 1.0
-    # cap on the advantage in that weight as a fraction of |V|, beta_2 in Eq. 12; the authors' code
-    # has 0.003, with which pick-place-wall learnt nothing in 300,000 steps, while |V| was small
+    # cap on the advantage in that weight as a fraction of |V|, beta_2 in Eq. 12; with the authors'
+    # 0.003 pick-place-wall learnt nothing in 300,000 steps: |V| was small there, and so the cap
     beta2: float = 0.03
-    soft_advantage: bool = False  # entropy term of Eq. 4; rules out all sources if alpha is large
+    soft_advantage: bool = False  # entropy terms of Eq. 4; a large alpha rules out narrow sources
     guidance_starts: int = 5_000  # environment steps before the guidance begins
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
     eval_interval: int = 20_000  # environment steps between evaluations; each writes policy.pt
     eval_episodes: int = 10  # episodes per evaluation, each with a goal never trained on
     checkpoint_interval: int = 20_000  # steps between checkpoints; all episodes begin anew there
     run_dir: str | None = None  # where to write; by default runs/<env-id>__<cup or sac>__<seed>
-    resume: bool = False  # start, or go on from the last checkpoint as if never interrupted
+    resume: bool = False  # go on from the last checkpoint as if never interrupted, or start
     cuda: bool = False  # use the GPU; slower than a CPU core, except with benchmark/compiled.py
     threads: int = max(1, min(4, (os.cpu_count() or 1) - 1))  # CPU threads; on a busy machine, 1
 
     def __post_init__(self):  # tyro prints a ValueError as a usage error, with exit code 2
-        starts = max(self.learning_starts, self.guidance_starts if self.sources else 0)
+        guided = len(self.sources) + self.num_random_sources > 0
+        starts = max(self.learning_starts, self.guidance_starts if guided else 0)
         if starts >= self.total_timesteps:
             raise ValueError(f"--total-timesteps must be more than {starts}, where learning starts")
 
@@ -97,7 +98,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class Standardize(nn.Module):
-    """obs (..., obs_dim) with mean 0 and a standard deviation of at most 1, by `fit`.
+    """Shift and scale obs (..., obs_dim) to mean 0 and a standard deviation of at most 1.
 
     Meta-World's observations are in metres, and centimetres matter. float64, because in float32 a
     Unix time would be a constant. A column is ignored until a value in it is not zero, so a source
@@ -106,13 +107,12 @@ class Standardize(nn.Module):
         super().__init__()
         self.register_buffer("shift", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(obs_dim, dtype=torch.float64))
-        self.dtype = torch.get_default_dtype()  # of the networks, which are made with it
 
     def fit(self, obs: Tensor) -> None:
         """Take the statistics from obs (n, obs_dim)."""
         std = obs.std(dim=0, correction=0)
-        # at least 0.1, or the noise of a column that hardly moves would become large; if every
-        # column moves less than that, the one that moves most sets the measure
+        # at least 0.1, or the noise of a column that hardly moves would become large; if no column
+        # moves as much as that, all are divided by the largest standard deviation
         floor = min(0.1, std.max().item()) or 0.1
         self.scale.copy_((obs != 0).any(dim=0) / std.clamp(min=floor))
         self.shift.copy_(-obs.mean(dim=0) * self.scale)
@@ -122,15 +122,15 @@ class Standardize(nn.Module):
         self.scale[(self.scale == 0) & (obs != 0).any(dim=0)] = 1
 
     def forward(self, obs: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, obs, self.scale).to(self.dtype)
+        return torch.addcmul(self.shift, obs, self.scale).to(torch.get_default_dtype())
 
 
 class Actor(nn.Module):
     """Tanh-Gaussian policy: obs (..., obs_dim) -> mean, log_std (..., action_dim).
 
     Both are those before the tanh, and softly bounded: a mean far out, where the tanh is flat, or
-    a vanishing standard deviation hardly changes the action, but makes the KL to this policy huge
-    once it is a source. tanh(3) is 0.995; a raw output of 0 gives a log_std of -1.5."""
+    a vanishing standard deviation hardly changes the action, but makes the KL of Eq. 11 huge.
+    tanh(3) is 0.995; a raw output of 0 gives a log_std of -1.5."""
     def __init__(self, obs_dim: int, action_dim: int, hidden_sizes, mean_bound: float = 3.0,
                  log_std_min: float = -5.0, log_std_max: float = 2.0):
         super().__init__()
@@ -165,7 +165,7 @@ class TwinCritic(nn.Module):
 # ---- CUP: which source to follow at a state, and how far -----------------------------------------
 # For your own SAC, `import cup`, or paste from here to the end of `guidance_loss` and import math,
 # torch, Tensor (from torch) and F (torch.nn.functional). Your critic must take actions in [-1, 1]
-# and any leading dimensions: torch.cat(..., dim=-1). Bound the sources as `query_sources` does.
+# and any leading dimensions. Bound the sources as `query_sources` does. `Agent.update` has a call.
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Sample a tanh-Gaussian, reparameterised by standard normal `noise`.
 
@@ -178,19 +178,19 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
 
 
 def expected_advantage(q: Tensor, log_prob: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Soft expected advantage of every candidate over the target policy, Eq. 4.
+    """Expected advantage of every candidate over the target policy, Eq. 4.
 
     q, log_prob (batch, n + 1), of one action of each candidate: Q by the critic, log_prob by the
-    candidate itself; the n sources first, the target policy last. alpha = 0 gives the hard
-    advantage of Appendix B.3. Returns the advantages (batch, n + 1), the target policy's zero, and
-    the target policy's soft value V (batch,), Eq. 2."""
+    candidate itself; the n sources first, the target policy last. alpha = 0 leaves the entropy
+    terms out (Appendix B.3). Returns the advantages (batch, n + 1), which are zero for the target
+    policy, and the target policy's value V (batch,), Eq. 2."""
     soft_q = q - alpha * log_prob  # an estimate of the expectation over actions
     value = soft_q[:, -1]  # Eq. 2
     return soft_q - value.unsqueeze(1), value  # Eq. 4
 
 
 def guidance_policy(advantage: Tensor) -> Tensor:
-    """Eq. 7: index (batch,) of the best candidate, from advantages (batch, n + 1).
+    """Eqs. 5, 7: index (batch,) of the best candidate, from advantages (batch, n + 1).
 
     The target policy is candidate n; it wins a tie."""
     best, source = advantage[:, :-1].max(dim=1)
@@ -222,32 +222,32 @@ def guidance_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What CUP adds to the actor's loss, Eq. 11: the mean over states of beta_s KL(tar || g).
 
-    critic: obs (..., obs_dim), action (..., action_dim) -> the smaller Q of the online twins (...).
-    mean, log_std (batch, action_dim): the target policy at obs (batch, obs_dim), before the tanh;
-    noise (batch, action_dim), q, log_prob (batch,): of its actions in the actor's loss.
-    source_mean, source_log_std (batch, n, action_dim). alpha: 0 for the hard advantage.
+    critic: obs (..., obs_dim), action (..., action_dim) -> Q (...) as in the actor's loss, by the
+    online twins, not by the target critic. mean, log_std (batch, action_dim): the target policy at
+    obs (batch, obs_dim), before the tanh. noise (batch, action_dim), q, log_prob (batch,): of its
+    actions in the actor's loss. source_mean, source_log_std: (batch, n, action_dim).
     Returns the loss, and advantage (batch, n + 1), guidance (an index), weight, kl (batch,)."""
-    shape, all_sources = mean.shape, mean.shape[:1] + source_mean.shape[1:2] + mean.shape[1:]
+    shape, source_shape = mean.shape, mean.shape[:1] + source_mean.shape[1:2] + mean.shape[1:]
     for name, tensor, expected in (
         ("log_std", log_std, shape), ("noise", noise, shape), ("q", q, shape[:1]),
-        ("log_prob", log_prob, shape[:1]), ("source_mean", source_mean, all_sources),
-        ("source_log_std", source_log_std, all_sources), ("obs", obs, shape[:1] + obs.shape[-1:]),
+        ("log_prob", log_prob, shape[:1]), ("source_mean", source_mean, source_shape),
+        ("source_log_std", source_log_std, source_shape), ("obs", obs, shape[:1] + obs.shape[-1:]),
     ):
         if tensor.shape != expected:
             raise ValueError(f"{name} is {[*tensor.shape]}, not {[*expected]}; mean is {[*shape]}")
     with torch.no_grad():
         # the same noise for all candidates, so that only their policies differ
         source_action, source_log_prob = squash(source_mean, source_log_std, noise.unsqueeze(1))
-        source_q = critic(obs.unsqueeze(1).expand(*all_sources[:2], -1), source_action)
-        if source_q.shape != all_sources[:2]:
-            raise ValueError(f"critic returned {[*source_q.shape]}, not {[*all_sources[:2]]}")
+        source_q = critic(obs.unsqueeze(1).expand(*source_shape[:2], -1), source_action)
+        if source_q.shape != source_shape[:2]:
+            raise ValueError(f"critic returned {[*source_q.shape]}, not {[*source_shape[:2]]}")
         q = torch.cat([source_q, q.unsqueeze(1)], dim=1)  # (batch, n + 1)
         log_prob = torch.cat([source_log_prob, log_prob.unsqueeze(1)], dim=1)
         advantage, value = expected_advantage(q, log_prob, alpha)  # Eq. 4
         guidance = guidance_policy(advantage)  # Eq. 7
-        # Eq. 12; the best of noisy advantages is too large on average
+        # Eq. 12; the guidance policy's advantage is the largest
         weight = guidance_weight(advantage.amax(dim=1), value, beta1, beta2)
-    # Eq. 9 for every candidate (batch, n + 1): 0 from the target policy to itself
+    # Eq. 9 for every source (batch, n), and 0 from the target policy to itself
     kl = kl_divergence(mean.unsqueeze(1), log_std.unsqueeze(1), source_mean, source_log_std)
     kl = F.pad(kl, (0, 1)).gather(1, guidance.unsqueeze(1)).squeeze(1)
     per_state = {"advantage": advantage, "guidance": guidance, "weight": weight, "kl": kl.detach()}
@@ -322,7 +322,7 @@ class Agent(nn.Module):
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
     def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimiser's own parameters, whatever else the loss depends on."""
+        """One step of the optimiser's own parameters; other networks in the loss stay."""
         optimizer.zero_grad()
         loss.backward(inputs=optimizer.param_groups[0]["params"])
         optimizer.step()
@@ -343,7 +343,7 @@ class Agent(nn.Module):
         q = self.critic.min_q(batch.obs, action)
         actor_loss = (alpha * log_prob - q).mean()
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
-        # ---- guidance: the KL term of L_CUP, Eq. 11, after the critic's step: the actor's q serves
+        # ---- guidance: KL of Eq. 11. Alg. 1 has it before the critic; here the actor's q serves
         if self.sources:
             kl_loss, per_state = guidance_loss(
                 critic=self.critic.min_q, obs=batch.obs, mean=mean, log_std=log_std,
@@ -355,7 +355,7 @@ class Agent(nn.Module):
             info["loss/kl"] = kl_loss.detach()
             info["guidance/weight"] = per_state["weight"].mean()
             info["guidance/kl"] = per_state["kl"].mean()
-            for k, name in enumerate([*self.source_names, "target"]):  # the paper's Figs. 3 and 4
+            for k, name in enumerate([*self.source_names, "target"]):  # `selected`: Fig. 3
                 info[f"guidance/selected/{name}"] = (per_state["guidance"] == k).float().mean()
                 info[f"guidance/advantage/{name}"] = per_state["advantage"][:, k].mean()
         self.minimize(actor_loss, self.actor_optimizer)  # through the critic, which stays as it is
@@ -409,8 +409,8 @@ def derive_seed(*numbers: int) -> int:
 
 
 class RecordSuccess(gym.Wrapper):
-    """`info` is empty, but at an episode's end it holds the episode's return and success: 1 if any
-    step reports a success, 0 if none does, NaN if no step says anything of it."""
+    """Make `info` empty, or at an episode's end the episode's return and success: 1 if any step
+    reports a success, 0 if none does, NaN if no step says anything of it."""
     total, success = 0.0, np.nan
 
     def step(self, action: np.ndarray):
@@ -447,7 +447,7 @@ def make_env(env_id: str, seed: int, **options) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
         assert isinstance(env.observation_space, gym.spaces.Box), "observations of no fixed size"
     except Exception as error:  # an environment's own code may raise anything
-        close = difflib.get_close_matches(task, tasks)
+        close = difflib.get_close_matches(env_id, [x.replace("-v3", "-v2") for x in tasks])
         raise UserError(f"cannot make {env_id!r}: {error!r}; Meta-World has {close}") from error
     torch.set_default_dtype(torch.float32)  # whatever the environment's module has set
     space = env.action_space
@@ -464,7 +464,7 @@ def make_env(env_id: str, seed: int, **options) -> gym.Env:
 
 
 def save(content: dict, path: Path) -> None:
-    """torch.save, then rename: `path` holds the old content or the new, never a half."""
+    """torch.save, then rename: if the process dies, `path` holds the old content or the new."""
     try:
         with open(path.with_suffix(".tmp"), "wb") as file:
             torch.save(content, file)
@@ -481,7 +481,7 @@ def policy_content(actor: Actor, **about) -> dict:
 
 
 def load_policy(path: str | Path) -> Actor:
-    """The frozen actor of a policy file, which can run no code; `about`: the rest of the file."""
+    """The frozen actor of a policy file, which can run no code; `about` has the file's rest."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         actor = Actor(**content.pop("actor"))
@@ -532,8 +532,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     device = torch.device("cuda" if args.cuda else "cpu")
     env = make_env(args.env_id, seed=0)
     (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    limit = getattr(env.spec, "max_episode_steps", 500)  # Meta-World's has no spec
-    if limit and limit * args.num_envs > args.checkpoint_interval:
+    limit = getattr(env.spec, "max_episode_steps", 500) or math.inf  # Meta-World's has no spec
+    if limit * args.num_envs > args.checkpoint_interval:
         raise UserError(f"episodes of {limit} steps do not fit into --checkpoint-interval")
     sources = load_sources(args, obs_dim, action_dim)
     method = agent_class.__name__.lower().replace("agent", "cup" if sources else "sac")
@@ -548,17 +548,19 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process trains in {run_dir}") from None
-    run = {"name": name, "step": 0, "updates": 0, "seconds": 0.0, "episodes": [], "csv_size": 0}
+    # a run goes on with the same arguments, but for these
+    free = ("total_timesteps", "run_dir", "resume", "cuda", "threads")
+    settings = asdict(args) | dict.fromkeys(free) | {"method": method, "sources": tuple(sources)}
+    run = {"args": settings, "step": 0, "updates": 0, "seconds": 0.0, "episodes": [], "csv_size": 0}
     if (run_dir / "checkpoint.pt").exists():
         run = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
     elif metrics.tell() > 0:
         raise UserError(f"{run_dir} has lost its checkpoint.pt: choose another --run-dir")
-    if run["name"] != name:
-        raise UserError(f"{run_dir} holds the run {run['name']}: choose another --run-dir")
+    if differs := dict(run["args"].items() - settings.items()):
+        raise UserError(f"{run_dir} was begun with {differs}: choose another --run-dir")
     step, updates = run["step"], run["updates"]  # environment steps and updates so far
     if step >= args.total_timesteps:
         return print(f"{run_dir} has all of its {step:,} steps")
-    episodes = run["episodes"]  # return and success of every training episode
     torch.manual_seed(derive_seed(args.seed, 2, 0))  # CUP and SAC begin with the same networks
     agent = agent_class(args, obs_dim, action_dim, sources, device)
     if step > 0:
@@ -568,7 +570,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     as_obs = partial(torch.tensor, dtype=torch.float64, device=device)
     start = time.monotonic() - run["seconds"]
     while True:
-        # ---- checkpoint: from here on an unbroken run and a resumed one are the same
+        # ---- checkpoint: new episodes and new seeds, so that a resumed run equals an unbroken one
         is_last = step >= args.total_timesteps
         if is_last or step == run["step"] or step % args.checkpoint_interval < args.num_envs:
             run |= {"step": step, "updates": updates, "csv_size": metrics.tell()}
@@ -591,7 +593,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
         numbers = torch.tensor(np.array([reward, terminated]), dtype=torch.float32, device=device)
         agent.store(obs, action, as_obs(next_obs), *numbers)
         if (ended := terminated | truncated).any():
-            episodes += zip(infos["return"][ended].tolist(), infos["success"][ended].tolist())
+            run["episodes"] += zip(*(infos[key][ended].tolist() for key in ("return", "success")))
             next_obs, _ = envs.reset(options={"reset_mask": ended})
         obs = as_obs(next_obs)
         step += args.num_envs
@@ -613,19 +615,18 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             scores = evaluate(agent.actor, args.env_id, args.eval_episodes, seed, device)
         if evaluates and type(agent.actor) is Actor:  # another method's may not fit into a file
             save(policy_content(agent.actor, env_id=args.env_id, step=step), run_dir / "policy.pt")
-        has_success = not np.isnan([success for _, success in episodes + scores]).all()
+        has_success = not np.isnan([success for _, success in run["episodes"] + scores]).all()
         row = {"step": step, "time/seconds": time.monotonic() - start}
         row["time/steps_per_second"] = step / row["time/seconds"]
-        for prefix, some in (("train", episodes[-20:]), ("eval", scores)):
+        for prefix, some in (("train", run["episodes"][-20:]), ("eval", scores)):
             returns, success = np.array(some or [(np.nan, np.nan)]).T
             # once an episode has said something of success, one that says nothing is a failure
             success = np.nan_to_num(success) if has_success and some else success
             row |= {f"{prefix}/return": returns.mean(), f"{prefix}/success_rate": success.mean()}
         row |= {name: float(value) for name, value in info.items()}
-        table = csv.writer(metrics)
         if metrics.tell() == 0:
-            table.writerow(row)
-        table.writerow("" if math.isnan(value) else value for value in row.values())
+            csv.writer(metrics).writerow(row)
+        csv.writer(metrics).writerow("" if math.isnan(x) else x for x in row.values())
         minutes = (args.total_timesteps - step) / row["time/steps_per_second"] / 60
         shown = [f"{key} {row[key]:.3g}" for key in list(row)[3:7] if not math.isnan(row[key])]
         print(f"{step:,} steps, {minutes:.0f} min left", *shown, sep=", ", flush=True)

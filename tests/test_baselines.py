@@ -31,7 +31,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, name: st
     rows = metrics(whole)
     assert rows == metrics(other)
     assert all(rows[-1][column] for column in rows[-1] if "success" not in column)  # all is known
-    assert checkpoint_of(whole)["name"] == f"{ENV}__{name}__1"
+    assert checkpoint_of(whole)["args"]["method"] == name
     assert call_cup(*SHORT, "--run-dir", whole, "--resume").returncode == 2  # SAC: another's run
     is_policy = name in ("mamba", "ptf")  # whose actor is SAC's
     assert (whole / "policy.pt").exists() == is_policy

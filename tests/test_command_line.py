@@ -103,7 +103,7 @@ PEG = "--env-id peg-insert-side-v2 --sources"
 RESUME = " ".join([*PENDULUM, "--resume --run-dir"])
 # what was typed: what the one sentence must hold
 BAD_INPUT = {
-    "--env-id push-wall": ["'push-wall'", "push-wall-v3"],
+    "--env-id push-wall": ["'push-wall'", "push-wall-v2"],
     "--env-id Pendulun-v1": ["'Pendulun-v1'", "Pendulum"],
     "--env-id nothing_installed:Robot-v0": ["nothing_installed"],
     "--env-id CartPole-v1": ["CartPole-v1", "Discrete(2)", "Box"],
@@ -114,7 +114,7 @@ BAD_INPUT = {
     f"{PEG} finished/policy.pt": ["policy.pt", "(3, 1)", "(39, 4)"],
     f"{PEG} --run-dir finished": ["finished exists", "--resume"],
     f"{PEG} --run-dir finished/policy.pt/run": ["policy.pt/run"],
-    f"{RESUME} finished --seed 9": ["finished holds the run Pendulum-v1__cup__1"],
+    f"{RESUME} finished --seed 9": ["finished was begun with {'seed': 1}"],
     f"{RESUME} lost": ["lost has lost its checkpoint"],
 }
 BAD_USAGE = {  # the same, in tyro's words
