@@ -114,13 +114,14 @@ BAD_INPUT = {
     f"{PEG} finished/policy.pt": ["policy.pt", "(3, 1)", "(39, 4)"],
     f"{PEG} --run-dir finished": ["finished exists", "--resume"],
     f"{PEG} --run-dir finished/policy.pt/run": ["policy.pt/run"],
-    f"{RESUME} finished --seed 9": ["finished was begun with {'seed': 1}"],
+    f"{RESUME} finished --seed 9 --tau 1": ["finished was begun with", "'seed': 1", "'tau': 0.005"],
     f"{RESUME} lost": ["lost has lost its checkpoint"],
 }
 BAD_USAGE = {  # the same, in tyro's words
     "": "--env-id",
     f"{PEG} --learning-starts 300 --total-timesteps 300": "--total-timesteps",
     "--env-id x --guidance-starts 300 --total-timesteps 300 --learning-starts 9": "--total",
+    "--env-id x --total-timesteps 9 --learning-starts 1 --sources --num-random-sources 1": "5000",
 }
 
 

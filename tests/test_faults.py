@@ -67,7 +67,7 @@ def test_ctrl_c_in_an_evaluation(pendulum, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(cup, "evaluate", interrupt)
-        result = call_cup(*typed, "--eval-interval", 40)
+        result = call_cup(*typed)
     assert one_sentence(*refused, f"another process trains in {tmp_path}"), refused
     assert (result.returncode, result.stderr) == (130, "")
     assert "--resume" in result.stdout.splitlines()[-1]
