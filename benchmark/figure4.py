@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+import compiled  # noqa: E402
 from plot import CANDIDATES  # noqa: E402
 
 import cup  # noqa: E402
@@ -38,7 +39,9 @@ def advantages(args: cup.Args, run: dict) -> dict[str, list[float]]:
     """Expected advantages (Eq. 4) of every candidate by name, one for each step of an episode."""
     env = cup.make_env(args.env_id, seed=0)
     sizes = env.observation_space.shape + env.action_space.shape
-    agent = cup.Agent(args, *sizes, cup.load_sources(args, *sizes))
+    # compiled.py's critics have other weights; nothing is compiled before the first update
+    agent_class = cup.Agent if "critic.q1.0.weight" in run["agent"] else compiled.Agent
+    agent = agent_class(args, *sizes, cup.load_sources(args, *sizes))
     agent.load_state_dict(run["agent"])
     states, info = [torch.tensor(env.reset(seed=0)[0])], {}
     while not info:  # it comes with the episode's end
@@ -49,11 +52,12 @@ def advantages(args: cup.Args, run: dict) -> dict[str, list[float]]:
     mean, log_std = agent.actor(obs)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     action, log_prob = cup.squash(mean, log_std, noise)
+    alpha = agent.log_alpha.exp() if args.soft_advantage else 0.0
     source_mean, source_log_std = cup.query_sources(agent.sources, obs, sizes[1])
     _, per_state = cup.guidance_loss(
         critic=agent.critic.min_q, obs=obs, mean=mean, log_std=log_std, source_mean=source_mean,
         source_log_std=source_log_std, noise=noise, q=agent.critic.min_q(obs, action),
-        log_prob=log_prob, alpha=0.0, beta1=args.beta1, beta2=args.beta2,
+        log_prob=log_prob, alpha=alpha, beta1=args.beta1, beta2=args.beta2,
     )
     columns = per_state["advantage"].T.tolist()
     return dict(zip([*agent.source_names, "target"], columns, strict=True))
@@ -76,7 +80,7 @@ def main() -> None:
     axes.set_title(f"{args.env_id}, seed {args.seed}, after {run['step']:,} steps")
     axes.set(xlabel="step of the episode", ylabel="expected advantage")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(out / "figures" / "figure4.png", dpi=110)
 
 

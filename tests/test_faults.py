@@ -126,10 +126,10 @@ def test_an_environment_of_many_peculiarities(tmp_path, monkeypatch):
     assert [row["step"] for row in rows if row["eval/success_rate"]] == ["160", "320"]
 
     torch.set_default_dtype(torch.float64)  # as a module of the user's may do
-    double_policy = cup.load_policy(run_dir / "policy.pt")
+    obs = torch.ones(1, 6)
+    in_double = cup.load_policy(run_dir / "policy.pt")(obs)
     torch.set_default_dtype(torch.float32)
-    obs = torch.ones(1, 6, dtype=torch.float64)
-    torch.testing.assert_close(double_policy(obs), policy(obs), check_dtype=False)
+    torch.testing.assert_close(in_double, policy(obs), check_dtype=False)
 
 
 def save_policy(path, seed=0):
