@@ -29,7 +29,7 @@ FINAL_STEPS = 100_000
 METHODS = {"cup": ("CUP", "#0072B2"), "sac": ("SAC", "#D55E00"), "haar": ("HAAR", "#56B4E9")}
 METHODS |= {"ptf": ("PTF", "#E69F00"), "multipolar": ("MULTIPOLAR", "#009E73")}
 METHODS |= {"mamba": ("MAMBA", "#CC79A7")}
-CANDIDATES = {"reach-v2": "#56B4E9", "push-v2": "#E69F00", "pick-place-v2": "#CC79A7"}
+CANDIDATES = {"reach-v2": "#117733", "push-v2": "#DDCC77", "pick-place-v2": "#882255"}  # Tol's
 CANDIDATES |= {"target": "#404040"}
 
 Curves = dict[str, dict[str, np.ndarray]]  # by method and seed: rows of step, return, success
@@ -105,7 +105,8 @@ def aggregates(curves: dict[str, Curves], draws: int = 2000) -> str:
         line = f"{METHODS[method][0]}: interquartile mean of success {interval(middle)}"
         if method != "cup":
             # a pair of seeds counts 1 where CUP is better, and 1/2 where both are equal
-            pairs = np.sign(samples["cup"][:, :, :, None] - scores[:, :, None]) / 2 + 0.5
+            difference = samples["cup"][:, :, :, None] - scores[:, :, None]
+            pairs = np.sign(difference.round(6)) / 2 + 0.5
             line += f", probability that CUP is better {interval(pairs.mean(axis=(1, 2, 3)))}"
         lines.append(line)
     return "\n".join(lines)
@@ -147,8 +148,8 @@ def draw(axes, steps: list[np.ndarray], values: list[np.ndarray], colour: str):
 def figure2(curves: dict[str, Curves], column: int, best_source: dict, args: Args) -> None:
     """Return (column 1) or success (2) of the evaluations."""
     name, scale = ("return", 1) if column == 1 else ("success", 100)
-    title = f"Evaluation {name}: every seed, and the mean"
-    figure, panels = sheet(title, "return" if column == 1 else "success, %", args.steps)
+    title = f"Evaluation {name} (thin: seeds; thick: their mean)"
+    figure, panels = sheet(title, "return" if column == 1 else "success rate, %", args.steps)
     lines = {}
     for task, axes in panels.items():
         for method, seeds in curves[task].items():
@@ -158,14 +159,15 @@ def figure2(curves: dict[str, Curves], column: int, best_source: dict, args: Arg
             lines[label] = draw(axes, steps, values, colour)
         if task in best_source:
             level = scale * best_source[task][column - 1]
-            lines["best source, unmodified"] = axes.axhline(level, ls=":", color="0.3", lw=1.2)
+            label = "source with the highest return, unmodified"
+            lines[label] = axes.axhline(level, ls=":", color="0.3", lw=1.2)
         axes.set_ylim((0, None) if column == 1 else (-3, 103))
     write(figure, lines, args.figures / f"figure2_{name}.png")
 
 
 def figure3(rows: list[dict[str, str]], args: Args) -> None:
     """Share of states at which each candidate is the guidance policy, since the last evaluation."""
-    figure, panels = sheet("Candidates selected as guidance policy", "states, %", args.steps)
+    figure, panels = sheet("Candidate selected as guidance policy", "states, %", args.steps)
     lines = {}
     for candidate, colour in CANDIDATES.items():
         column = f"guidance/selected/{candidate}"
