@@ -13,14 +13,12 @@ def random_batch(
 ) -> cup.Batch:
     """Transitions, few of which terminate, and random distributions of the sources."""
     rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(size, *shape, generator=rng)
-
-    obs, next_obs, action = normal(obs_dim).double(), normal(obs_dim).double(), normal(action_dim)
-    reward, terminated = normal(), (normal() > 1).to(action.dtype)
-    mean, log_std = normal(num_sources, action_dim), normal(num_sources, action_dim).clamp(-1.5, 0)
-    return cup.Batch(obs, next_obs, action.tanh(), reward, terminated, mean, log_std)
+    obs, next_obs = torch.randn(2, size, obs_dim, generator=rng, dtype=torch.float64)
+    action = torch.randn(size, action_dim, generator=rng).tanh()
+    reward, end = torch.randn(2, size, generator=rng)
+    mean, log_std = torch.randn(2, size, num_sources, action_dim, generator=rng)
+    terminated, log_std = (end > 1).to(end.dtype), log_std.clamp(-1.5, 0)
+    return cup.Batch(obs, next_obs, action, reward, terminated, mean, log_std)
 
 
 def act(mean: list[float], log_std: list[float], noise: list[float]) -> tuple[Tensor, float]:
@@ -34,10 +32,14 @@ def act(mean: list[float], log_std: list[float], noise: list[float]) -> tuple[Te
 
 
 def copies(*modules: nn.Module) -> list[Tensor]:
-    """The parameters as they are now."""
     return [p.detach().clone() for module in modules for p in module.parameters()]
 
 
 def same(before: list[Tensor], *modules: nn.Module) -> bool:
-    """Whether none of them has changed."""
     return all(map(torch.equal, before, copies(*modules)))
+
+
+def assert_follows(target: nn.Module, before: list[Tensor], online: nn.Module, tau: float) -> None:
+    """From the parameters before, it has gone a step of tau towards the online network's."""
+    expected = [old.lerp(new, tau) for old, new in zip(before, copies(online))]
+    torch.testing.assert_close(copies(target), expected)

@@ -10,11 +10,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
 
-def pytest_configure(config):
-    # Gymnasium's remarks on what the faulty_envs do on purpose
-    config.addinivalue_line("filterwarnings", "ignore:.*WARN:UserWarning")
-
-
 @pytest.fixture
 def double_precision():
     """Tolerances then speak of the mathematics, not of rounding."""

@@ -1,7 +1,6 @@
 """Soft Actor-Critic in one script, written without cup.py.
 
-test_sac.py compares cup.py's update with this one. test_paste.py runs the script as it is, and
-again with CUP's guidance pasted at the three marked places.
+test_sac.py compares the updates. test_paste.py pastes CUP's guidance at the three marked places.
 """
 
 import copy
@@ -21,8 +20,7 @@ POLICY_LR, Q_LR, ALPHA_LR = 1e-3, 5e-4, 1e-2
 
 
 def mlp(inputs, outputs):
-    layers = nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()
-    return nn.Sequential(*layers, nn.Linear(HIDDEN, outputs))
+    return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs))
 
 
 torch.manual_seed(1)
@@ -42,15 +40,12 @@ def act(obs):
     mean, log_std = 3 * torch.tanh(mean / 3), 3.5 * torch.tanh(log_std / 3.5) - 1.5
     noise = torch.randn_like(mean)
     x = mean + log_std.exp() * noise
-    action = torch.tanh(x)
-    log_prob = Normal(mean, log_std.exp()).log_prob(x)
-    log_prob = log_prob - TanhTransform().log_abs_det_jacobian(x, action)
-    return action, log_prob.sum(dim=-1), (mean, log_std, noise)
+    log_prob = Normal(mean, log_std.exp()).log_prob(x) - TanhTransform().log_abs_det_jacobian(x, x)
+    return torch.tanh(x), log_prob.sum(dim=-1), (mean, log_std, noise)
 
 
 def twin_q(obs, action, critics=critics):
-    x = torch.cat([obs, action], dim=-1)
-    return [critic(x).squeeze(-1) for critic in critics]
+    return [critic(torch.cat([obs, action], dim=-1)).squeeze(-1) for critic in critics]
 
 
 def min_q(obs, action):
@@ -75,14 +70,12 @@ def update(obs, next_obs, action, reward, terminated):
         td_target = reward + GAMMA * (1 - terminated) * next_value
     critic_loss = sum(F.mse_loss(q, td_target) for q in twin_q(obs, action))
     minimise(critic_adam, critic_loss)
-
     pi, log_prob, (mean, log_std, noise) = act(obs)
     q = min_q(obs, pi)
     actor_loss = (alpha * log_prob - q).mean()
     logged = {"loss/critic": critic_loss.item(), "loss/actor": actor_loss.item()}
     # <guidance>
     minimise(actor_adam, actor_loss)
-
     entropy = -log_prob.mean().item()
     minimise(alpha_adam, log_alpha.exp() * (entropy + action_dim))
     with torch.no_grad():
@@ -95,10 +88,9 @@ if __name__ == "__main__":
     buffer, logs = [], []
     obs, _ = env.reset(seed=1)
     for step in range(TOTAL_TIMESTEPS):
-        with torch.no_grad():
-            action = act(torch.as_tensor(obs, dtype=torch.float32))[0]
-        if step < LEARNING_STARTS:
-            action = 2 * torch.rand(action_dim) - 1
+        action = 2 * torch.rand(action_dim) - 1
+        if step >= LEARNING_STARTS:
+            action = act(torch.as_tensor(obs, dtype=torch.float32))[0].detach()
         next_obs, reward, terminated, truncated, _ = env.step(action.numpy())
         buffer.append((obs, next_obs, action, reward, terminated))
         obs = env.reset()[0] if terminated or truncated else next_obs

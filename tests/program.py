@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -16,37 +15,25 @@ import torch
 
 import cup
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+ROOT = Path(cup.__file__).parent
 
 # A run that is small in everything and still learns, logs, evaluates and saves.
 SMALL = "--num-envs 2 --batch-size 8 --buffer-size 2000 --learning-starts 20 --guidance-starts 20"
 SMALL += " --hidden-sizes 16 16 --log-interval 20 --eval-episodes 2 --threads 1"
 SMALL = SMALL.split()
 
-# 1,000 steps of Pendulum with guidance, two seconds after the imports; checkpoints at steps 0, 400
-# and 800, after two episodes of 200 steps in each of the two environments.
+# 1,000 steps with guidance; checkpoints at 0, 400, 800: two environments, episodes of 200 steps
 PENDULUM = "--env-id Pendulum-v1 --sources --num-random-sources 2"
 PENDULUM += " --total-timesteps 1000 --eval-interval 500 --checkpoint-interval 400"
 PENDULUM = [*PENDULUM.split(), *SMALL]
 
 
-def start_cup(*arguments, script=cup.__file__, **environment: str) -> subprocess.Popen:
-    """Start `python cup.py ...`; the `faulty_envs` can be its --env-id."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+def run_cup(*arguments, script=cup.__file__, **variables: str) -> subprocess.CompletedProcess:
+    """`python cup.py ...`; the `faulty_envs` can be its --env-id."""
+    tests = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": tests, "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, **options)
-
-
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Wait for it, at most five minutes."""
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def run_cup(*arguments, **options) -> subprocess.CompletedProcess:
-    return finish(start_cup(*arguments, **options))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def call_cup(*arguments, script=cup.__file__) -> subprocess.CompletedProcess:
@@ -83,15 +70,6 @@ def one_sentence(result: subprocess.CompletedProcess, *patterns: str) -> bool:
     return result.returncode == 2 and is_line and all(found)
 
 
-def started_run(run_dir: Path, *arguments, row: int = 0) -> subprocess.Popen:
-    """A run that has written a checkpoint and this row of metrics.csv, and is on its way."""
-    process, end = start_cup(*arguments, "--run-dir", run_dir), time.monotonic() + 240
-    while not (run_dir / "checkpoint.pt").exists() or max(steps(run_dir), default=0) < row:
-        assert process.poll() is None and time.monotonic() < end, finish(process).stderr
-        time.sleep(0.005)
-    return process
-
-
 def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
@@ -100,10 +78,6 @@ def metrics(run_dir: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, without what the clock wrote into them."""
     rows = read_csv(run_dir / "metrics.csv")
     return [{k: row[k] for k in row if k is None or "time/" not in k} for row in rows]
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [int(row["step"]) for row in metrics(run_dir)]
 
 
 def checkpoint_of(run_dir: Path) -> dict:

@@ -1,6 +1,5 @@
 """The scripts of benchmark/: study.py, plot.py and play.py."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
-from program import ROOT, call_cup, one_sentence, read_csv, run_cup
+from program import ROOT, SMALL, call_cup, one_sentence, read_csv, run_cup
 
 import cup
 
@@ -18,14 +17,13 @@ sys.path.append(str(ROOT / "benchmark"))
 import plot
 
 STUDY, run_process = ROOT / "benchmark" / "study.py", subprocess.run
+FILM = "faulty_envs:Film-v0"
 SHARE = "guidance/selected/target"
-SMALL = "--num-envs 2 --batch-size 8 --learning-starts 20 --guidance-starts 20 --hidden-sizes 8"
-SMALL += " --log-interval 20 --eval-interval 100 --eval-episodes 1 --checkpoint-interval 400"
-SMALL = [*SMALL.split(), "--sources", "--num-random-sources", "2"]
+TYPED = "--eval-interval 100 --checkpoint-interval 400 --sources --num-random-sources 2"
+TYPED = [*SMALL, *TYPED.split()]
 
 
-# ---- study.py: real runs, in small, and what the csv file says of them ---------------------------
-def arguments(folder: Path, *more: str, task="Pendulum-v1", steps=400, extra=SMALL) -> list[str]:
+def arguments(folder: Path, *more: str, task="Pendulum-v1", steps=400, extra=TYPED) -> list[str]:
     typed = ["--tasks", task, "--seeds", "7", "--runs-dir", str(folder / "runs")]
     typed += ["--csv", str(folder / "x.csv"), "--total-timesteps", str(steps)]
     return [*typed, *more, "--", *extra]
@@ -54,27 +52,27 @@ def done(tmp_path_factory):
 
 
 def test_the_csv_has_every_evaluation_with_its_settings_and_commit(done):
+    rows = read_csv(done / "x.csv")
+    found, sac = ([row for row in rows if row["method"] == method] for method in ("cup", "sac"))
+    assert len(sac) == 4 and not any(row[SHARE] for row in sac)  # it has no sources
     logged = read_csv(done / "runs" / "Pendulum-v1__cup__7" / "metrics.csv")
-    found = [row for row in read_csv(done / "x.csv") if row["method"] == "cup"]
-    assert [int(row["step"]) for row in found] == [100, 200, 300, 400]
-    for row in found:
-        (there,) = [x for x in logged if x["step"] == row["step"]]
+    evaluated = [row for row in logged if row["eval/return"]]
+    assert [row["step"] for row in found] == [row["step"] for row in evaluated]
+    for row, there in zip(found, evaluated):
         assert float(row["eval/return"]) == pytest.approx(float(there["eval/return"]), rel=1e-4)
         settings = json.loads(row["settings"])
-        assert settings["batch_size"] == 8 and settings["hidden_sizes"] == [8]
+        assert settings["batch_size"] == 8 and settings["hidden_sizes"] == [16, 16]
         assert "gamma" not in settings and row["commit"].endswith(" cup.py")
     # the shares are means over the rows since the evaluation before
     since = [float(x[SHARE]) for x in logged if 100 < int(x["step"]) <= 200]
     assert float(found[1][SHARE]) == pytest.approx(sum(since) / len(since), rel=1e-3)
-    sac = [row for row in read_csv(done / "x.csv") if row["method"] == "sac"]
-    assert len(sac) == 4 and not any(row[SHARE] for row in sac)  # it has no sources
 
 
 @pytest.mark.parametrize("steps, more", [(200, []), (400, ["--gamma", "0.9"])])
 def test_a_shorter_run_or_one_with_other_settings_replaces_nothing(done, tmp_path, steps, more):
     before = (done / "x.csv").read_text()
     (tmp_path / "x.csv").write_text(before)
-    options = {"steps": steps, "extra": [*SMALL, *more]}
+    options = {"steps": steps, "extra": [*TYPED, *more]}
     assert study(tmp_path, "--methods", "cup", **options).returncode == 0
     assert (tmp_path / "x.csv").read_text() == before  # a run changes no results
     result = study(tmp_path, "--methods", "cup", "--collect", **options)
@@ -82,69 +80,41 @@ def test_a_shorter_run_or_one_with_other_settings_replaces_nothing(done, tmp_pat
     assert (tmp_path / "x.csv").read_text() == before
 
 
-def test_a_longer_run_replaces_a_shorter_one(done, tmp_path):
-    shorter = [row for row in read_csv(done / "x.csv") if int(row["step"]) < 300]
-    with open(tmp_path / "x.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, shorter[0])
-        writer.writeheader()
-        writer.writerows(row | {"eval/return": "0"} for row in shorter)
-    command = "--runs-dir", str(done / "runs"), "--methods", "cup", "--collect"
-    assert "4 evaluations replace 2" in study(tmp_path, *command).stdout
-    new = [row for row in read_csv(done / "x.csv") if row["method"] == "cup"]
-    kept = [row | {"eval/return": "0"} for row in shorter if row["method"] == "sac"]
-    assert read_csv(tmp_path / "x.csv") == new + kept
-
-
-def test_an_id_with_a_colon_and_a_slash_is_collected(tmp_path):
-    task = "faulty_envs:faulty/Walk-v0"
-    for more in ([], ["--collect"]):
-        assert study(tmp_path, "--methods", "sac", *more, task=task).returncode == 0
-    assert {row["env_id"] for row in read_csv(tmp_path / "x.csv")} == {task}
-
-
 def test_a_failed_run_fails_the_study_and_the_others_go_on(tmp_path):
-    """Here in processes of their own."""
-    typed = arguments(tmp_path, "--methods", "nobody", "sac", steps=200)
+    """Here in processes of their own; the id has a colon and a slash."""
+    task = "faulty_envs:faulty/Walk-v0"
+    typed = arguments(tmp_path, "--methods", "nobody", "sac", task=task, steps=200)
     assert run_cup(*typed, script=STUDY).returncode == 1
-    assert (tmp_path / "runs" / "Pendulum-v1__sac__7" / "policy.pt").exists()
+    assert study(tmp_path, "--methods", "sac", "--collect", task=task, steps=200).returncode == 0
+    assert [row["env_id"] for row in read_csv(tmp_path / "x.csv")] == [task, task]
 
 
-# ---- plot.py -------------------------------------------------------------------------------------
 def run(*success: float) -> np.ndarray:
     """Evaluations every 50,000 steps; the return is ten times the success."""
     return np.array([[50_000 * (k + 1), 10 * x, x] for k, x in enumerate(success)])
 
 
-def test_aggregates_of_known_runs():
+def test_table_and_aggregates_of_known_runs():
     """CUP is better on one task, where the pairs are 1 > 0, 1 > -1, 0 = 0, 0 > -1; else level."""
-    better = {"cup": {"1": run(1, 1), "2": run(0, 0)}, "sac": {"1": run(0, 0), "2": run(-1, -1)}}
+    better = {"cup": {"1": run(7, 1, 1), "2": run(0, 0)}}
+    better["sac"] = {"1": run(0, 0), "2": run(-1, -1)}
     level = dict.fromkeys(("cup", "sac"), {"1": run(0.5, 0.5), "2": run(0.5, 0.5)})
+    assert "| a | CUP | 10, 0 | 100, 0 | 30, 0 |" in plot.results_table({"a": better})
     cup, sac = plot.aggregates({"a": better, "b": level}).splitlines()
     assert f"better {((3 + 0.5) / 4 + 0.5) / 2:.2f} [" in sac
     assert "mean of success 0.50 [" in cup  # of 0, 0.5, 0.5, 1 the middle two
     assert "mean of success 0.25 [" in sac  # of -1, 0, 0.5, 0.5
 
 
-def test_every_figure_is_drawn_and_the_table_has_means_of_the_last_100000_steps(tmp_path):
-    result = call_cup("--figures", tmp_path, script=plot.__file__)
-    for name in ("figure2_return", "figure2_success", "figure3"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    last = [
-        float(row["eval/return"]) for row in read_csv(ROOT / "benchmark" / "results" / "study.csv")
-        if (row["env_id"], row["method"], row["seed"]) == ("push-wall-v2", "cup", "1")
-        and 400_000 < int(row["step"]) <= 500_000
-    ]
-    assert f"| push-wall | CUP | {np.mean(last):,.0f}, " in result.stdout
-
-
-# ---- play.py -------------------------------------------------------------------------------------
-ENV = "faulty_envs:Film-v0"
+def test_every_figure_is_drawn(tmp_path):
+    call_cup("--figures", tmp_path, script=plot.__file__)
+    assert {path.name[:7] for path in tmp_path.glob("*.png")} == {"figure2", "figure3"}
 
 
 @pytest.fixture
 def play(tmp_path, monkeypatch):
     """Run play.py beside a policy file and without a display."""
-    content = cup.policy_content(cup.Actor(2, 1, (8,)), env_id=ENV)
+    content = cup.policy_content(cup.Actor(2, 1, (8,)), env_id=FILM)
     cup.save(content, tmp_path / "my.pt")
     monkeypatch.chdir(tmp_path)
     for name, value in ("MUJOCO_GL", "glfw"), ("DISPLAY", ""), ("WAYLAND_DISPLAY", ""):
@@ -153,8 +123,8 @@ def play(tmp_path, monkeypatch):
 
 
 def test_scores_and_film(play):
-    result = play(f"my.pt --env-id {ENV} --seed 3 --episodes 20 --gif my.gif")
-    scores = cup.evaluate(cup.load_policy("my.pt"), ENV, 20, cup.derive_seed(3, 4, 0))
+    result = play(f"my.pt --env-id {FILM} --seed 3 --episodes 20 --gif my.gif")
+    scores = cup.evaluate(cup.load_policy("my.pt"), FILM, 20, cup.derive_seed(3, 4, 0))
     returns, low = np.array(scores)[:, 0], 20 / (20 + 1.959964**2)  # Wilson's bound for 20 of 20
     error = 2.093024 * returns.std(ddof=1) / np.sqrt(20)  # t with 19 degrees of freedom
     text = f"success 1.00 [{low:.2f}, 1.00], return {returns.mean():,.1f} ± {error:,.1f}"
@@ -165,10 +135,9 @@ def test_scores_and_film(play):
 
 @pytest.mark.parametrize("typed, sentence", [
     ("missing/policy.pt", "missing/policy.pt does not exist; .* first evaluation"),
-    ("my.pt", f"give --env-id {ENV}"),
+    ("my.pt", f"give --env-id {FILM}"),
     (f"{ROOT}/sources/reach-v2.pt --env-id Pendulum-v1", r"sizes \(3, 1\), .* \(39, 4\)"),
     (f"{ROOT}/sources/reach-v2.pt --gif reach.gif", "MUJOCO_GL=egl"),
 ])
 def test_a_mistake_is_a_sentence(play, typed, sentence):
-    result = play(typed)
-    assert one_sentence(result, sentence), result.stderr
+    assert one_sentence(play(typed), sentence)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from program import ROOT, metrics, succeed
-from torch import nn
 
 import cup
 
@@ -36,18 +35,18 @@ def test_a_stable_baselines3_policy_becomes_a_source(tmp_path, monkeypatch):
     theirs = model.predict(OBS.numpy(), deterministic=True)[0] / 2  # its actions reach from -2 to 2
     assert np.abs(theirs).max() > 0.99 and np.abs(theirs).min() < 0.1
     np.testing.assert_allclose(mean.tanh(), theirs, rtol=0, atol=1e-4)
-    expected = model.actor.get_action_dist_params(OBS)[1]
+    _, expected, _ = model.actor.get_action_dist_params(OBS)
     torch.testing.assert_close(log_std, expected, rtol=0.05, atol=0.02)
 
 
 def test_a_torch_mlp_becomes_a_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hidden = nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
-    mlp = nn.Sequential(*hidden, nn.Linear(64, 1), nn.Tanh()).requires_grad_(False)
-    torch.save(mlp.state_dict(), "mlp.pt")
-    exec(readme_block("# torch MLP -> source"), {})
+    code, names = readme_block("# torch MLP -> source"), {}
+    exec(code[: code.index("mlp.load_state_dict")], names)
+    torch.save(names["mlp"].state_dict(), "mlp.pt")
+    exec(code, names)
     mean, log_std = cup.load_policy("from_mlp.pt")(OBS)
-    torch.testing.assert_close(mean.tanh(), mlp(OBS), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mean.tanh(), names["mlp"](OBS).detach(), rtol=0, atol=1e-4)
     torch.testing.assert_close(log_std, torch.full_like(log_std, -1.5), rtol=0, atol=0.01)
 
 

@@ -9,9 +9,9 @@ import cup
 
 HOST = Path(__file__).with_name("plain_sac.py")
 CUP = Path(cup.__file__).read_text()
-# the comment above `squash`, and all functions up to the end of `guidance_loss`
-PASTED = CUP[CUP.index("# ---- CUP:") : CUP.index("@torch.no_grad()\ndef query_sources")].strip()
 WRITTEN = {
+    # the comment above `squash`, and all functions up to the end of `guidance_loss`
+    "functions": CUP[CUP.index("# ---- CUP:") : CUP.index("@torch.no_grad()\ndef query_sources")],
     "imports": """\
 import math
 from torch import Tensor
@@ -33,10 +33,8 @@ source = load_policy("source.pt")
 
 
 def test_cup_pasted_into_it_guides(tmp_path, monkeypatch):
-    assert PASTED.count("\ndef ") == 6 and len(PASTED.splitlines()) <= 100
-    assert len("".join(WRITTEN.values()).splitlines()) <= 30
     text = HOST.read_text()
-    for mark, lines in (WRITTEN | {"functions": PASTED}).items():
+    for mark, lines in WRITTEN.items():
         assert text.count(f"# <{mark}>\n") == 1
         text = text.replace(f"# <{mark}>", lines.strip())
     monkeypatch.chdir(tmp_path)
@@ -44,7 +42,8 @@ def test_cup_pasted_into_it_guides(tmp_path, monkeypatch):
     torch.manual_seed(0)
     cup.save(cup.policy_content(cup.Actor(10, 2, [16])), Path("source.pt"))
 
-    sac, guided = (runpy.run_path(x, run_name="__main__")["logs"] for x in (HOST, "guided_sac.py"))
+    scripts = str(HOST), "guided_sac.py"
+    sac, guided = (runpy.run_path(x, run_name="__main__")["logs"] for x in scripts)
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in sac)
     assert sac[0]["loss/critic"] == guided[0]["loss/critic"]
     assert sac[-1]["loss/critic"] != guided[-1]["loss/critic"]

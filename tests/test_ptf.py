@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import copies, random_batch, same
+from by_hand import assert_follows, copies, random_batch
 from torch.distributions import Normal, kl_divergence
 
 import cup
@@ -18,20 +18,6 @@ def make_agent(**changes) -> ptf.PTF:
     args = ptf.Args(env_id="none", hidden_sizes=(16, 16), **settings)
     torch.manual_seed(0)
     return ptf.PTF(args, OBS_DIM, ACTION_DIM, sources)
-
-
-def make_batch(agent: ptf.PTF, active: int = -1) -> ptf.OptionBatch:
-    """Random transitions with the same option active in all."""
-    batch = random_batch(BATCH, OBS_DIM, ACTION_DIM)
-    dists = cup.query_sources(agent.policies, batch.obs, ACTION_DIM)
-    return ptf.OptionBatch(*batch[:5], *dists, torch.full((BATCH,), active))
-
-
-def set_termination(agent: ptf.PTF, logit: float) -> None:
-    """Make beta_o the same everywhere: 0 for a very small logit, 1 for a very large one."""
-    with torch.no_grad():
-        agent.options.net[-1].weight[N:] = 0
-        agent.options.net[-1].bias[N:] = logit
 
 
 def test_target_of_the_option_values():
@@ -65,21 +51,6 @@ def test_a_source_is_compatible_with_a_fifth_of_its_own_actions():
     assert ptf.is_compatible(torch.tanh(mean[:, 0]), mean, log_std).all()
 
 
-def test_only_compatible_and_active_options_learn():
-    """Nothing fits and nothing is active: nothing changes. Else the heads of those options do."""
-    agent = make_agent()
-    before, batch = copies(agent.options), make_batch(agent)
-    alien = batch._replace(source_mean=batch.source_mean + 9)  # no action is near that
-    agent.update(alien)
-    assert same(before, agent.options)
-    agent.update(alien._replace(option=torch.ones(BATCH)))  # 1 is active: value and termination
-    assert (agent.options.net[-1].bias != before[-1]).int().tolist() == [0, 1, 0, 0, 1, 0]
-    alien.source_mean[:, 2] = torch.atanh(batch.action)  # 2 is compatible: its value
-    agent = make_agent()
-    agent.update(alien)
-    assert (agent.options.net[-1].bias != before[-1]).int().tolist() == [0, 0, 1, 0, 0, 0]
-
-
 def test_active_options_last_until_they_end():
     """beta = 0: from the beginning of the episode to the next; beta = 1: they end every time.
 
@@ -87,7 +58,7 @@ def test_active_options_last_until_they_end():
     agent, active = make_agent(num_envs=200), []
     states = torch.randn(6, 200, OBS_DIM, dtype=torch.float64)
     for t in range(5):
-        set_termination(agent, 99.0 if t == 4 else -99.0)
+        agent.options.net[-1].bias.data[N:] = 999.0 if t == 4 else -999.0  # beta is 1 or 0
         obs = states[t].clone()
         obs[:100] += t == 3  # half begin an episode
         if t > 0:
@@ -120,7 +91,9 @@ def test_the_losses():
     agent = make_agent(c=20.0, policy_lr=1e-2)
     agent.steps += 25_000  # of 100,000
     assert ptf.fade(0.3, 10.0) == pytest.approx(ptf.fade(0.6, 5.0)) == pytest.approx(0.5)
-    batch = make_batch(agent, active=1)
+    batch = random_batch(BATCH, OBS_DIM, ACTION_DIM, N)
+    batch.source_mean[:5, 2] = batch.action[:5].atanh()  # with option 1 active, and 2 compatible
+    batch = ptf.OptionBatch(*batch, torch.full((BATCH,), 1))
     with torch.no_grad():
         agent.target_options.net[-1].bias += torch.randn(2 * N)
         value, beta = agent.options(batch.obs)
@@ -145,13 +118,13 @@ def test_the_losses():
     y = ptf.option_target(batch.reward, end, next_value, next_slow_value, next_beta, gamma=0.99)
     learns = ptf.is_compatible(batch.action, batch.source_mean, batch.source_log_std)
     learns[:, 1] = True
+    assert learns.all(dim=0).tolist() == [False, True, False] and learns[:5, 2].all()
     ending = (1 - end) * next_beta[:, 1] * ptf.termination_advantage(next_value, None)[:, 1]
     torch.testing.assert_close(info["loss/option"], (learns * (value - y) ** 2).sum() / BATCH)
     torch.testing.assert_close(info["loss/termination"], ending.mean())
     total = info["loss/option"] + info["loss/termination"]
     torch.testing.assert_close(losses[agent.option_optimizer], total)
-    expected = [old.lerp(new, 0.005) for old, new in zip(slow, agent.options.parameters())]
-    torch.testing.assert_close(copies(agent.target_options), expected)
+    assert_follows(agent.target_options, slow, agent.options, 0.005)
     assert agent.update(batch)["guidance/kl"] < info["guidance/kl"]
     assert [info[f"option/active/source-{k}"].item() for k in range(N)] == [0, 1, 0]
     shares = [info[f"guidance/selected/source-{k}"].item() for k in range(N)]
