@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter, MultipleLocator
-from scipy.stats import trim_mean
+from scipy.stats import bootstrap, trim_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -81,34 +81,38 @@ def results_table(curves: dict[str, Curves]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def aggregates(curves: dict[str, Curves], draws: int = 2000) -> str:
-    """Final success over all tasks: interquartile mean, and CUP's probability of improvement.
+def interval(statistic, runs: list[np.ndarray]) -> str:
+    """A statistic of scores by task, and its 95 % interval by resampling the seeds of each task."""
+    options = {"n_resamples": 2000, "vectorized": False, "method": "percentile", "rng": 0}
+    low, high = bootstrap(runs, statistic, **options).confidence_interval
+    return f"{statistic(*runs):.2f} [{low:.2f}, {high:.2f}]"
 
-    With 95 % intervals by a bootstrap of the seeds of each task, as Agarwal et al. (NeurIPS 2021)
-    recommend. Of methods that have run on all tasks, with equally many seeds on each.
-    """
-    rng, samples, lines = np.random.default_rng(0), {}, []
-    for method in METHODS:
+
+def middle(*tasks: np.ndarray) -> float:
+    """The interquartile mean of all runs."""
+    return trim_mean(np.concatenate(tasks), 0.25)
+
+
+def improvement(*tasks: np.ndarray) -> float:
+    """Probability that a run of the first half, CUP's, is better; 1/2 where both are equal."""
+    ours, theirs = tasks[: len(tasks) // 2], tasks[len(tasks) // 2 :]
+    signs = [np.sign(np.subtract.outer(x, y).round(6)).mean() for x, y in zip(ours, theirs)]
+    return np.mean(signs) / 2 + 0.5
+
+
+def aggregates(curves: dict[str, Curves]) -> str:
+    """Final success over all tasks, as Agarwal et al. (NeurIPS 2021) recommend: interquartile mean,
+    and CUP's probability of improvement. Of methods that have run on all tasks."""
+    scores, lines = {}, []
+    for method, (name, _) in METHODS.items():
         if all(method in methods for methods in curves.values()):
-            runs = [list(methods[method].values()) for methods in curves.values()]
-            scores = np.array([[final(run)[1] for run in task] for task in runs])  # (tasks, seeds)
-            index = rng.integers(scores.shape[1], size=(draws, *scores.shape))
-            index[0] = np.arange(scores.shape[1])  # the first sample is the data
-            samples[method] = np.take_along_axis(scores[None], index, axis=2)
-
-    def interval(values: np.ndarray) -> str:
-        low, high = np.percentile(values[1:], [2.5, 97.5])
-        return f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
-
-    for method, scores in samples.items():
-        middle = trim_mean(scores.reshape(draws, -1), 0.25, axis=1)
-        line = f"{METHODS[method][0]}: interquartile mean of success {interval(middle)}"
-        if method != "cup":
-            # a pair of seeds counts 1 where CUP is better, and 1/2 where both are equal
-            difference = samples["cup"][:, :, :, None] - scores[:, :, None]
-            pairs = np.sign(difference.round(6)) / 2 + 0.5
-            line += f", probability that CUP is better {interval(pairs.mean(axis=(1, 2, 3)))}"
-        lines.append(line)
+            runs = [methods[method].values() for methods in curves.values()]
+            scores[method] = [np.array([final(run)[1] for run in task]) for task in runs]
+            line = f"{name}: interquartile mean of success {interval(middle, scores[method])}"
+            if method != "cup":
+                better = interval(improvement, scores["cup"] + scores[method])
+                line += f", probability that CUP is better {better}"
+            lines.append(line)
     return "\n".join(lines)
 
 
