@@ -418,7 +418,7 @@ class RecordSuccess(gym.Wrapper):
         reward = np.asarray(reward).item()  # some environments have an array of one
         self.total += reward
         success = info.get("success", info.get("is_success"))
-        self.success = np.fmax(self.success, np.nan if success is None else bool(success))
+        self.success = np.fmax(self.success, np.nan if success is None else np.max(success) > 0)
         scores = {}
         if terminated or truncated:
             scores = {"return": self.total, "success": float(self.success)}
@@ -534,7 +534,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     limit = getattr(env.spec, "max_episode_steps", 500) or math.inf  # Meta-World's has no spec
     if limit * args.num_envs > args.checkpoint_interval:
-        raise UserError(f"episodes of {limit} steps do not fit into --checkpoint-interval")
+        raise UserError(f"episodes of up to {limit} steps do not fit into --checkpoint-interval")
     sources = load_sources(args, obs_dim, action_dim)
     method = agent_class.__name__.lower().replace("agent", "cup" if sources else "sac")
     name = f"{args.env_id}__{method}__{args.seed}"
@@ -554,8 +554,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
     run = {"args": settings, "step": 0, "updates": 0, "seconds": 0.0, "episodes": [], "csv_size": 0}
     if (run_dir / "checkpoint.pt").exists():
         run = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-    elif metrics.tell() > 0:
-        raise UserError(f"{run_dir} has lost its checkpoint.pt: choose another --run-dir")
+    if metrics.tell() < run["csv_size"] or (metrics.tell() > 0 and "agent" not in run):
+        raise UserError(f"{run_dir} has lost checkpoint.pt or metrics.csv: use another --run-dir")
     if differs := dict(run["args"].items() - settings.items()):
         raise UserError(f"{run_dir} was begun with {differs}: choose another --run-dir")
     step, updates = run["step"], run["updates"]  # environment steps and updates so far
@@ -605,7 +605,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             info = agent.update(batch, guide=step > args.guidance_starts)
             updates += 1
         if info and not math.isfinite(info["loss/critic"] + info["loss/actor"]):
-            raise UserError(f"a loss is not finite at step {step:,}: try lower learning rates")
+            raise UserError(f"a loss is not finite at step {step:,}: see rewards, learning rates")
         # ---- evaluate, save the policy, log
         evaluates = step % args.eval_interval < args.num_envs or step >= args.total_timesteps
         if not info or not (evaluates or step % args.log_interval < args.num_envs):

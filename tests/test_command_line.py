@@ -77,10 +77,8 @@ def test_sources_have_names_of_their_own(tmp_path):
 
 PEG = "--env-id peg-insert-side-v2 --sources"
 RESUME = " ".join([*PENDULUM, "--resume --run-dir"])
-# what was typed: what the one sentence must hold
-BAD_INPUT = {
+BAD_INPUT = {  # what was typed: what the one sentence must hold
     "--env-id push-wall": ["'push-wall'", "push-wall-v2"],
-    "--env-id nothing_installed:Robot-v0": ["nothing_installed"],
     "--env-id CartPole-v1": ["CartPole-v1", "Discrete(2)", "Box"],
     f"{PEG} --checkpoint-interval 1999": ["500", "--checkpoint-interval"],
     f"{PEG} nowhere.pt": ["nowhere.pt is not a policy file"],
@@ -88,7 +86,8 @@ BAD_INPUT = {
     f"{PEG} --run-dir finished": ["finished exists", "--resume"],
     f"{PEG} --run-dir finished/policy.pt/run": ["policy.pt/run"],
     f"{RESUME} finished --seed 9 --tau 1": ["finished was begun with", "'seed': 1", "'tau': 0.005"],
-    f"{RESUME} lost": ["lost has lost its checkpoint"],
+    f"{RESUME} lost": ["lost has lost checkpoint.pt"],
+    f"{RESUME} cut": ["cut has lost checkpoint.pt or metrics.csv"],
     "--sources": ["--env-id"],
     f"{PEG} --learning-starts 300 --total-timesteps 300": ["--total-timesteps", "300"],
     f"{PEG} --num-random-sources 1 --total-timesteps 9 --learning-starts 1": ["5000"],
@@ -97,11 +96,12 @@ BAD_INPUT = {
 
 @pytest.fixture(scope="module")
 def runs(pendulum, tmp_path_factory):
-    """A finished run, and one without its checkpoint."""
+    """A finished run, one without its checkpoint, and one without its metrics."""
     directory = tmp_path_factory.mktemp("runs")
-    for name in ("finished", "lost"):
+    for name in ("finished", "lost", "cut"):
         shutil.copytree(pendulum[0], directory / name)
     (directory / "lost" / "checkpoint.pt").unlink()
+    (directory / "cut" / "metrics.csv").write_text("step")
     return directory
 
 

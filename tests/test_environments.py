@@ -77,7 +77,7 @@ def test_spaces_that_cannot_be_learnt_in_are_named(kind):
 
 @pytest.mark.parametrize(("infos", "success"), [
     ([{"success": None}], np.nan), ([{"success": np.array([True])}, {"success": False}], 1),
-    ([{"is_success": False}] * 9 + [{"is_success": 3}], 1), ([{"is_success": 0}, {}], 0),
+    ([{"is_success": False}] * 9 + [{"is_success": 3}], 1), ([{"is_success": np.nan}, {}], 0),
 ])
 def test_evaluate_plays_the_mean_action_and_sums_up_episodes(infos, success, monkeypatch):
     """Success is that of any step, and unknown if no step says anything of it."""
