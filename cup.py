@@ -605,7 +605,7 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> None:
             info = agent.update(batch, guide=step > args.guidance_starts)
             updates += 1
         if info and not math.isfinite(info["loss/critic"] + info["loss/actor"]):
-            raise UserError(f"a loss is not finite at step {step:,}: see rewards, learning rates")
+            raise UserError(f"a loss is not finite at step {step:,}: are the rewards too large?")
         # ---- evaluate, save the policy, log
         evaluates = step % args.eval_interval < args.num_envs or step >= args.total_timesteps
         if not info or not (evaluates or step % args.log_interval < args.num_envs):
