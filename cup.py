@@ -68,11 +68,11 @@ class Args:
     # weight of the guidance KL, beta_1 in Eq. 12; the authors' code has 7.5; 10 pulled too hard on
     # push-wall and pick-place-wall once |V| was large
     beta1: float = 1.0
-    # cap on the advantage in that weight as a fraction of |V|, beta_2 in Eq. 12; with the authors'
-    # 0.003 pick-place-wall learnt nothing in 300,000 steps: |V| was small there, and so the cap
+    # cap on the advantage in that weight as a fraction of |V|, beta_2 in Eq. 12; the authors' code
+    # has 0.003, with which pick-place-wall learnt nothing in 300,000 steps: |V| was too small
     beta2: float = 0.03
-    soft_advantage: bool = False  # entropy terms of Eq. 4; a large alpha rules out narrow sources
-    guidance_starts: int = 5_000  # environment steps before the guidance begins
+    soft_advantage: bool = False  # entropy terms of Eq. 4; pick-place-wall learnt less with them
+    guidance_starts: int = 5_000  # steps before the guidance; 60,000 if sources hardly help
     log_interval: int = 1_000  # steps between rows of metrics.csv, which show the last minibatch
     eval_interval: int = 20_000  # environment steps between evaluations; each writes policy.pt
     eval_episodes: int = 10  # episodes per evaluation, each with a goal never trained on
