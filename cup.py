@@ -51,7 +51,7 @@ class Args:
     num_envs: int = 4  # environments that step side by side
     buffer_size: int = 1_000_000  # capacity of the replay buffer D, in transitions
     batch_size: int = 256  # minibatch size of every gradient update
-    learning_starts: int = 5_000  # steps with random actions; they also standardise observations
+    learning_starts: int = 5_000  # steps with random actions, which also set the standardisation
     # gradient updates per environment step; they dominate the running time, since an update takes
     # as long as 5 to 20 steps of Meta-World; 0.25 is one for each step of the 4 environments
     utd_ratio: float = 0.25
@@ -60,7 +60,7 @@ class Args:
     policy_lr: float = 3e-4  # learning rate of the actor, lambda_pi in Alg. 1
     q_lr: float = 3e-4  # learning rate of the critics, lambda_theta in Alg. 1
     alpha_lr: float = 3e-4  # learning rate of the entropy weight, lambda_alpha in Alg. 1
-    init_alpha: float = 0.1  # initial alpha, Eq. 2; SAC's 1 outweighs Q for 10,000 updates
+    init_alpha: float = 0.1  # initial alpha in Eq. 2; at 1, entropy exceeds Q for 10,000 updates
     hidden_sizes: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
     # policy files pi_1 ... pi_n; --sources with nothing after it is SAC (printed at the start)
     sources: tuple[str, ...] = SHIPPED
@@ -322,7 +322,7 @@ class Agent(nn.Module):
         return batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
 
     def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimiser's own parameters; other networks in the loss stay."""
+        """Step only this optimiser's parameters; other networks in the loss stay as they are."""
         optimizer.zero_grad()
         loss.backward(inputs=optimizer.param_groups[0]["params"])
         optimizer.step()
@@ -343,7 +343,7 @@ class Agent(nn.Module):
         q = self.critic.min_q(batch.obs, action)
         actor_loss = (alpha * log_prob - q).mean()
         info = {"loss/critic": critic_loss.detach(), "loss/actor": actor_loss.detach()}
-        # ---- guidance: KL of Eq. 11. Alg. 1 has it before the critic; here the actor's q serves
+        # ---- guidance: Eq. 11, after the critic's step (Alg. 1: before it), to reuse the actor's q
         if self.sources:
             kl_loss, per_state = guidance_loss(
                 critic=self.critic.min_q, obs=batch.obs, mean=mean, log_std=log_std,
@@ -409,8 +409,8 @@ def derive_seed(*numbers: int) -> int:
 
 
 class RecordSuccess(gym.Wrapper):
-    """Make `info` empty, or at an episode's end the episode's return and success: 1 if any step
-    reports a success, 0 if none does, NaN if no step says anything of it."""
+    """Replace `info` by {}, or at an episode's end by its return and success: 1 if any step reports
+    a success, 0 if none does, NaN if no step says anything of it."""
     total, success = 0.0, np.nan
 
     def step(self, action: np.ndarray):

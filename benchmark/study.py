@@ -142,7 +142,8 @@ if __name__ == "__main__":
         executor = submitit.AutoExecutor(args.runs_dir / "slurm", "slurm")
         limits = {"timeout_min": 1440, "cpus_per_task": 1, "mem_gb": 4}
         executor.update_parameters(name="cup", slurm_array_parallelism=args.workers, **limits)
-        sys.exit(not executor.map_array(execute, runs))
+        executor.map_array(execute, runs)
+        sys.exit()
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(execute, run) for run in runs]
     errors = [str(error) for job in jobs if (error := job.exception())]
