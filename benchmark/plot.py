@@ -27,6 +27,7 @@ from study import TASKS, read_csv  # noqa: E402
 FINAL_STEPS = 100_000
 # Okabe and Ito's colours, which the colour-blind can tell apart
 METHODS = {"cup": ("CUP", "#0072B2"), "sac": ("SAC", "#D55E00"), "haar": ("HAAR", "#56B4E9")}
+METHODS |= {"haar-frozen": ("HAAR, skills frozen", "#000000")}
 METHODS |= {"ptf": ("PTF", "#E69F00"), "multipolar": ("MULTIPOLAR", "#009E73")}
 METHODS |= {"mamba": ("MAMBA", "#CC79A7")}
 CANDIDATES = {"reach-v2": "#117733", "push-v2": "#DDCC77", "pick-place-v2": "#882255"}  # Tol's

@@ -26,13 +26,15 @@ import cup
 ROOT = Path(cup.__file__).parent
 TASKS = ("hammer-v2", "peg-insert-side-v2", "push-wall-v2")  # in the paper's order
 TASKS += ("pick-place-wall-v2", "push-back-v2", "shelf-place-v2")
+# what a method adds to the command; the last of equal arguments counts
+ADDED = {"sac": ["--num-random-sources", "0", "--sources"], "haar-frozen": ["--freeze-skills"]}
 
 
 @dataclass
 class Args:
     """Run the study, or collect it. Arguments of cup.py follow a `--`."""
     tasks: tuple[str, ...] = TASKS
-    methods: tuple[str, ...] = ("cup", "sac")  # also: multipolar, mamba, ptf, haar
+    methods: tuple[str, ...] = ("cup", "sac")  # also: multipolar, mamba, ptf, haar, haar-frozen
     seeds: tuple[int, ...] = (1, 2, 3)
     total_timesteps: int = 500_000  # environment steps of a run
     compiled: bool = False  # cup and sac by benchmark/compiled.py
@@ -52,14 +54,12 @@ class Run(NamedTuple):
 def make_run(args: Args, env_id: str, method: str, seed: int, extra: list[str]) -> Run:
     about = {"env_id": env_id, "method": method, "seed": str(seed)}
     run_dir = args.runs_dir / "__".join(about.values()).replace("/", "-").replace(":", "-")
-    script = f"baselines/{method}.py"
+    script = f"baselines/{method.removesuffix('-frozen')}.py"
     if method in ("cup", "sac"):
         script = "benchmark/compiled.py" if args.compiled else "cup.py"
     command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--seed", str(seed)]
     command += ["--total-timesteps", str(args.total_timesteps), "--threads", "1", "--resume"]
-    command += ["--run-dir", str(run_dir), *extra]
-    if method == "sac":  # the last of equal arguments counts
-        command += ["--num-random-sources", "0", "--sources"]
+    command += ["--run-dir", str(run_dir), *extra, *ADDED.get(method, [])]
     return Run(about, run_dir, command)
 
 
