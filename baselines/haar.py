@@ -14,8 +14,7 @@ sparse rewards, drops R and gamma_h. The paper shortens k in training; here it s
 
 Adapted to the SAC of cup.py, where the original has TRPO:
 - The high level is a discrete SAC at --q-lr; its values, of rewards R / k, have no entropy bonus.
-- The low level is SAC, whose critic takes [one-hot z, action] for an action. Within a segment the
-  same skill acts next, after its last step one that pi_h picks.
+- The low level is SAC, whose critic takes [one-hot z, action] for an action.
 - The original's skills move by TRPO steps of 0.01 nats. Here their loss has a KL to a copy of them
   that follows slowly (without it: 15 nats in 250 updates), and they wait for --guidance-starts.
 - Q_h learns from recent segments, because the worth of a skill changes with it, and not from the
@@ -24,6 +23,7 @@ Adapted to the SAC of cup.py, where the original has TRPO:
 
 Evaluations choose the best skill anew at every state; train/return is of skills that last k steps.
 A run writes no policy.pt: the policy is pi_h and all skills, and a policy file holds one network.
+Of cup.py's arguments --beta1, --beta2 and --soft-advantage have no effect.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Args(cup.Args):
         if not (self.sources or self.num_random_sources):
             raise ValueError("HAAR's skills begin as source policies: name some with --sources")
         if not 0 < self.k * self.num_envs <= self.learning_starts:
-            raise ValueError("--k times --num-envs must be from 1 to --learning-starts: a segment")
+            raise ValueError("--k times --num-envs must be from 1 to --learning-starts")
 
 
 class HierarchicalActor(nn.Module):
@@ -93,7 +93,7 @@ class Segments(NamedTuple):
     action: Tensor  # (batch, k, action_dim)
     z: Tensor  # (batch,), the skill; -1 if the actions were random
     length: Tensor  # (batch,), steps
-    mean_reward: Tensor  # (batch,), R / k
+    mean_reward: Tensor  # (batch,), R / k, also of a segment with fewer than k steps
     terminated: Tensor  # (batch,)
 
 
@@ -146,7 +146,7 @@ class HAAR(cup.Agent):
         self.length = t + 1
         ends = (self.length == self.args.k) | (terminated == 1)
         columns = (self.obs[:, 0], self.obs, self.action, self.z, self.length,
-                   self.reward / self.length, terminated)
+                   self.reward / self.args.k, terminated)
         self.buffer.add(Segments(*(column[ends] for column in columns)))
         self.length[ends] = 0
 

@@ -13,19 +13,19 @@ lambda = 0 improves on f by one step; lambda = 1 is reinforcement learning witho
 It takes cup.py's arguments; those of the guidance (beta_1, beta_2, ...) have no effect.
 
 As in the paper and its released code:
-- Half of the episodes are the learner's alone. In the others it acts until step t_e (roll-in), then
-  a source, drawn uniformly, to the end (roll-out). Only the steps from t_e on train that source's
-  V^k, on their Monte-Carlo returns. An episode that ends before t_e is the learner's.
+- Half of the episodes (the code: of the steps) are the learner's alone. In the others it acts until
+  step t_e (roll-in), then a source, drawn uniformly, to the end (roll-out). Only the steps from t_e
+  on train that source's V^k, on Monte-Carlo returns. A roll-in to the end is the learner's episode.
 - Before that, every source has 16 roll-outs with t_e = 0 (the code: 2 iterations of 8).
 - A source acts by samples, not by its mean.
-- lambda is 0.9 (the code's ranges are 0, 0.1, 0.5, 0.9). The V^k are networks of 256x256, trained
-  by Adam at 1e-3, in 100 minibatches at a time.
+- The V^k are networks of 256x256, trained by Adam at 1e-3, in 100 minibatches at a time.
 - After a time limit the return goes on with V^k(s_T) as it is now; after a termination it ends.
 
 Adapted to the SAC of cup.py:
 - A_lambda is made for policy gradients. In SAC it is one changed line, the critic's target:
       y = r + gamma (1 - d) [(1 - lambda) f(s') + lambda (min Q(s', a') - alpha log pi(a'|s'))]
   because then Q - f is A_lambda, and f(s) does not matter to the actor. f has no entropy bonus.
+- lambda is 0.98, which learns more than 0.9 (README.md); the code's values are 0 to 0.9.
 - The code does not train the learner during the first roll-outs; here it learns with lambda = 1.
 - t_e is uniform over the episode (the length of the one that ended last), as in the paper. The
   code draws it geometrically, with the length of the learner's episodes as its mean, and cuts it at
@@ -34,7 +34,7 @@ Adapted to the SAC of cup.py:
   V^k also sees the time, which cup.py's observations do not have.
 - All transitions are replayed, the roll-outs' too; MAMBA is on policy and learns from its own.
 - Roll-outs count as environment steps. `train/return` and `train/success_rate` are means over the
-  last 20 episodes, the roll-outs too; `train/learner_return` over the last 20 without a source.
+  last 20 episodes, the roll-outs too; `train/learner_return` of the last 20 without a source.
 """
 
 import math
@@ -54,7 +54,7 @@ import cup
 @dataclass
 class Args(cup.Args):
     """Train a target policy that improves on the values of source policies (MAMBA)."""
-    gae_lambda: float = 0.9  # lambda in A_lambda: 0 is one step of improvement on f, 1 is SAC
+    gae_lambda: float = 0.98  # lambda in A_lambda: 0 is one step of improvement on f, 1 is SAC's
     first_rollouts: int = 16  # roll-outs of every source, with t_e = 0, before f is used
     rollout_share: float = 0.5  # share of the later episodes that a source finishes, from t_e on
     value_updates: int = 100  # minibatches that train V^k when a roll-out of source k is over
@@ -83,7 +83,7 @@ class Episode:
 @dataclass
 class Progress:
     """What a checkpoint holds beside weights, optimisers and buffers."""
-    next_obs: Tensor  # (num_envs, obs_dim), as stored last; another obs begins an episode
+    next_obs: Tensor  # (num_envs, obs_dim); another obs begins an episode, and so NaN does
     episodes: list[Episode | None]  # of the environments; None: it began among the random steps
     finished: list[int]  # roll-outs of every source
     scalars: dict[str, float]  # what `update` returns of the V^k; NaN: not known yet
@@ -142,7 +142,7 @@ class Mamba(cup.Agent):
         # drawn from Python's generator: without roll-outs, torch's goes on as in SAC
         if progress.begun < self.args.first_rollouts * num_sources:
             source, t_e = progress.begun % num_sources, 0
-        elif random.random() < self.args.rollout_share:
+        elif self.args.rollout_share and random.random() < self.args.rollout_share:
             source, t_e = random.randrange(num_sources), random.randrange(progress.last_length)
         else:
             return Episode()
@@ -161,7 +161,7 @@ class Mamba(cup.Agent):
                     episode.rollout.append(row)
                 episode.length += 1
                 episode.total += row[2]
-        self.progress.next_obs = next_obs
+        self.progress.next_obs = next_obs.where(terminated.unsqueeze(1) == 0, math.nan)
 
     def learn_from(self, episode: Episode) -> None:
         """Train V^k on a roll-out of source k, or note the return of a learner's episode."""

@@ -17,7 +17,7 @@ As in the paper and its released code:
 - The termination loss of the active option, with the code's adaptive xi.
 - Active options are chosen greedily ever more often, and imitation fades.
 
-Where the two differ, the paper counts: it weighs the KL by f (1 - beta). The code weighs it by f
+In the weight of the KL the two differ, and the paper counts: f (1 - beta). The code weighs it by f
 alone: A3C has 1 - beta in a comment, PPO is given the terminations and does not use them.
 
 Adapted to the SAC of cup.py:
@@ -27,7 +27,8 @@ Adapted to the SAC of cup.py:
   0.001 t (pinball with PPO 0.0005 t, reacher 0.01 t). With t = 20,000 x these are mu = 10 and
   GREEDY_SLOPE = 20 (reacher: 5 and 100). Longer --total-timesteps with --resume set x back.
 - The original is on policy (A3C, PPO). SAC learns from replay, where the active option is an old
-  choice, so the teacher at a state is the option that is best now.
+  choice, so the teacher at a state is the option that is best now. The termination loss is replayed
+  too, of the option that was active.
 - c is relative to SAC's loss, not to A3C's or PPO's.
 - The value head is linear; the code has a tanh, which these returns would saturate.
 - One optimiser serves both losses of the option network, whose target network follows slowly, as
@@ -144,7 +145,7 @@ class PTF(cup.Agent):
         self.options, self.target_options = OptionNetwork(*shape), OptionNetwork(*shape)
         self.target_options.load_state_dict(self.options.state_dict())
         # ---- of every environment: its active option, none (-1) while actions are random; the
-        # next_obs stored last, after which any other observation begins an episode
+        # next_obs stored last; another observation begins an episode, and so NaN does
         self.register_buffer("active", torch.full((args.num_envs,), -1))
         next_obs = torch.full((args.num_envs, obs_dim), math.nan, dtype=torch.float64)
         self.register_buffer("next_obs", next_obs)
@@ -181,7 +182,7 @@ class PTF(cup.Agent):
         self.buffer.add(
             OptionBatch(obs, next_obs, action, reward, terminated, *dists, self.active)
         )
-        self.next_obs = next_obs
+        self.next_obs = next_obs.where(terminated.unsqueeze(1) == 0, math.nan)
         self.steps += len(obs)
 
     def update(self, batch: OptionBatch, guide: bool = True) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ sys.path.append(str(ROOT / "benchmark"))
 import plot
 
 STUDY, run_process = ROOT / "benchmark" / "study.py", subprocess.run
-FILM = "faulty_envs:Film-v0"
-SHARE = "guidance/selected/target"
+FILM, SHARE = "faulty_envs:Film-v0", "guidance/selected/target"
 TYPED = "--eval-interval 100 --checkpoint-interval 400 --sources --num-random-sources 2"
 TYPED = [*SMALL, *TYPED.split()]
 

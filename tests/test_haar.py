@@ -162,7 +162,7 @@ def test_segments_of_two_environments():
         assert torch.equal(rows.first[i], states[steps[0], env])
         assert torch.equal(rows.obs[i, : len(steps) + 1], states[steps[0] : steps[-1] + 2, env])
         assert rows.action[i, : len(steps), 0].tolist() == pytest.approx([t / 10 for t in steps])
-        assert rows.mean_reward[i] == sum(steps) / len(steps)
+        assert rows.mean_reward[i] == sum(steps) / 3  # of two steps as well
         assert rows.z[i] == (steps[0] % 3 if steps[0] >= 5 else -1)
 
     agent = make_agent(recent_steps=STEPS * BATCH)  # which the high level learns from

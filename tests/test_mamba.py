@@ -41,13 +41,13 @@ def reward_at(episode: int, step: int) -> float:
 
 
 def play(agent: Mamba, episodes: int, length: int = 6, terminates=False) -> list[list[float]]:
-    """The actions taken in episodes of this length; obs is (episode, step).
-
-    The first step of one more episode tells the agent that the last one is over."""
+    """The actions taken in episodes of this length; obs is (episode, step). One begins where
+    another terminates; the first step of one more tells the agent that the last one is over."""
     actions = [[] for _ in range(episodes + 1)]
     for t in range(episodes * length + 1):
         episode, step = divmod(t, length)
-        obs, next_obs = torch.tensor([[[episode, step]], [[episode, step + 1]]]).double()
+        after = divmod(t + 1, length) if terminates else (episode, step + 1)
+        obs, next_obs = torch.tensor([[[episode, step]], [after]]).double()
         action = agent.act(obs)
         actions[episode].append(action.item())
         end = torch.tensor([float(terminates and step == length - 1)])

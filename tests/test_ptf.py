@@ -52,23 +52,23 @@ def test_a_source_is_compatible_with_a_fifth_of_its_own_actions():
 
 
 def test_active_options_last_until_they_end():
-    """beta = 0: from the beginning of the episode to the next; beta = 1: they end every time.
-
-    The replay buffer has the option of every environment, none while the actions are random."""
+    """beta = 0: from the beginning of the episode to the next; beta = 1: they end every time. The
+    replay buffer has the option of every environment, none while the actions are random."""
     agent, active = make_agent(num_envs=200), []
     states = torch.randn(6, 200, OBS_DIM, dtype=torch.float64)
     for t in range(5):
         agent.options.net[-1].bias.data[N:] = 999.0 if t == 4 else -999.0  # beta is 1 or 0
         obs = states[t].clone()
-        obs[:100] += t == 3  # half begin an episode
+        obs[:50] += t == 3  # a quarter begins an episode, and after a termination another
         if t > 0:
             agent.act(obs)
-        agent.store(obs, torch.zeros(200, ACTION_DIM), states[t + 1], *torch.zeros(2, 200))
+        ended = torch.zeros(200).index_fill(0, torch.arange(50, 100), float(t == 2))
+        agent.store(obs, torch.zeros(200, ACTION_DIM), states[t + 1], torch.zeros(200), ended)
         active.append(agent.active.clone())
     assert (active[0] == -1).all() and (active[1] >= 0).all()
-    lasts = [[torch.equal(active[t][half], active[t + 1][half]) for t in (1, 2, 3)]
-             for half in (slice(100), slice(100, 200))]
-    assert lasts == [[True, False, False], [True, True, False]]
+    lasts = [[torch.equal(active[t][part], active[t + 1][part]) for t in (1, 2, 3)]
+             for part in (slice(50), slice(50, 100), slice(100, 200))]
+    assert lasts == [[True, False, False], [True, False, False], [True, True, False]]
     assert torch.equal(agent.buffer.columns[-1][:1000], torch.cat(active))
     assert agent.steps == 1000  # the clock: every transition stored is a step
 
