@@ -30,6 +30,9 @@ METHODS = {"cup": ("CUP", "#0072B2"), "sac": ("SAC", "#D55E00"), "haar": ("HAAR"
 METHODS |= {"haar-frozen": ("HAAR, skills frozen", "#000000")}
 METHODS |= {"ptf": ("PTF", "#E69F00"), "multipolar": ("MULTIPOLAR", "#009E73")}
 METHODS |= {"mamba": ("MAMBA", "#CC79A7")}
+# runs that chose each method's settings, baselines/README.md
+TUNING_RUNS = {"cup": 145, "sac": 8, "haar": 17, "haar-frozen": 17, "ptf": 14, "multipolar": 2}
+TUNING_RUNS |= {"mamba": 13}
 CANDIDATES = {"reach-v2": "#117733", "push-v2": "#DDCC77", "pick-place-v2": "#882255"}  # Tol's
 CANDIDATES |= {"target": "#404040"}
 
@@ -135,7 +138,7 @@ def sheet(title: str, ylabel: str, steps: int):
 
 
 def write(figure, lines: dict, path: Path) -> None:
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(path)
@@ -158,7 +161,8 @@ def figure2(curves: dict[str, Curves], column: int, best_source: dict, args: Arg
     lines = {}
     for task, axes in panels.items():
         for method, seeds in curves[task].items():
-            label, colour = METHODS[method]
+            method_name, colour = METHODS[method]
+            label = f"{method_name} ({TUNING_RUNS[method]} tuning runs)"
             steps = [run[:, 0] for run in seeds.values()]
             values = [scale * run[:, column] for run in seeds.values()]
             lines[label] = draw(axes, steps, values, colour)
