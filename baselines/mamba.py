@@ -25,7 +25,7 @@ Adapted to the SAC of cup.py:
 - A_lambda is made for policy gradients. In SAC it is one changed line, the critic's target:
       y = r + gamma (1 - d) [(1 - lambda) f(s') + lambda (min Q(s', a') - alpha log pi(a'|s'))]
   because then Q - f is A_lambda, and f(s) does not matter to the actor. f has no entropy bonus.
-- lambda is 0.98, which learns more than 0.9 (README.md); the code's values are 0 to 0.9.
+- lambda is 0.98, slightly ahead of 0.9 on push-wall (README.md); the code's values are 0 to 0.9.
 - The code does not train the learner during the first roll-outs; here it learns with lambda = 1.
 - t_e is uniform over the episode (the length of the one that ended last), as in the paper. The
   code draws it geometrically, with the length of the learner's episodes as its mean, and cuts it at
