@@ -31,8 +31,8 @@ METHODS |= {"haar-frozen": ("HAAR, skills frozen", "#000000")}
 METHODS |= {"ptf": ("PTF", "#E69F00"), "multipolar": ("MULTIPOLAR", "#009E73")}
 METHODS |= {"mamba": ("MAMBA", "#CC79A7")}
 # runs that chose each method's settings, baselines/README.md
-TUNING_RUNS = {"cup": 145, "sac": 8, "haar": 17, "haar-frozen": 17, "ptf": 14, "multipolar": 2}
-TUNING_RUNS |= {"mamba": 13}
+TUNING_RUNS = {"cup": 145, "sac": 8, "haar": 18, "haar-frozen": 18, "ptf": 14, "multipolar": 2}
+TUNING_RUNS |= {"mamba": 14}
 CANDIDATES = {"reach-v2": "#117733", "push-v2": "#DDCC77", "pick-place-v2": "#882255"}  # Tol's
 CANDIDATES |= {"target": "#404040"}
 
