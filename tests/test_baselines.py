@@ -7,8 +7,8 @@ import pytest
 from program import ROOT, SMALL, call_cup, checkpoint_of, metrics, same_policy, succeed
 
 SCRIPTS = {name: ROOT / f"baselines/{name}.py" for name in ("haar", "mamba", "multipolar", "ptf")}
-# episodes of 40 steps: checkpoints cut them, and the buffers are full at the second
-SHORT = "--env-id faulty_envs:Walk-v0 --sources --total-timesteps 320 --checkpoint-interval 130"
+# episodes of up to 40 steps: checkpoints cut them, and the buffers are full at the second
+SHORT = "--env-id faulty_envs:Hidden-v0 --sources --total-timesteps 320 --checkpoint-interval 130"
 SHORT = [*SHORT.split(), *SMALL, "--buffer-size", 30, "--eval-interval", 300]
 FLAGS = {"haar": "--k 7", "mamba": "--first-rollouts 2 --value-updates 5 --rollout-share 0.8"}
 
