@@ -146,5 +146,10 @@ if __name__ == "__main__":
         sys.exit()
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(execute, run) for run in runs]
-    errors = [str(error) for job in jobs if (error := job.exception())]
+        try:
+            errors = [str(error) for job in jobs if (error := job.exception())]
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # wait for the runs, which Ctrl-C has reached too
+            print("stopped: the same command goes on")
+            sys.exit(130)
     sys.exit("\n".join(errors) or 0)

@@ -1,8 +1,11 @@
 """The scripts of benchmark/: study.py, plot.py and play.py."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -87,6 +90,24 @@ def test_a_failed_run_fails_the_study_and_the_others_go_on(tmp_path):
     result = study(tmp_path, "--methods", "haar-frozen", "--collect", task=task, steps=200)
     frozen = [json.loads(x["settings"])["freeze_skills"] for x in read_csv(tmp_path / "x.csv")]
     assert (result.returncode, frozen) == (0, [True, True])
+
+
+def test_ctrl_c_starts_no_further_run(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted(command, **options):
+        if command[0] == "git":
+            return run_process(command, **options)
+        started.append(command)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(1)  # Ctrl-C reaches the run too, which takes a moment to stop
+        raise subprocess.CalledProcessError(130, command)
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
+    result = call_cup(*arguments(tmp_path), script=STUDY)
+    signal.signal(signal.SIGINT, before)
+    assert (result.returncode, len(started)) == (130, 1) and "goes on" in result.stdout
 
 
 def run(*success: float) -> np.ndarray:
